@@ -1,0 +1,179 @@
+#include "api/bridge.h"
+
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "core/error.h"
+#include "gemma-cuda/src/bridge.rs.h"
+
+namespace gemma_cuda::bridge {
+namespace {
+
+std::string_view view(rust::Str text) { return {text.data(), text.size()}; }
+
+template <class T>
+std::span<const T> view(rust::Slice<const T> slice) {
+  return {slice.data(), slice.size()};
+}
+
+gemma_cuda::DType from_rust(DType type) {
+  switch (type) {
+    case DType::F32: return gemma_cuda::DType::f32;
+    case DType::BF16: return gemma_cuda::DType::bf16;
+    case DType::F16: return gemma_cuda::DType::f16;
+  }
+  throw Error::invalid_argument("unknown dtype");
+}
+
+gemma_cuda::ModelSpec from_rust(const ModelSpec& spec) {
+  gemma_cuda::ModelSpec out{
+      .vocab_size = spec.vocab_size,
+      .hidden_size = spec.hidden_size,
+      .ffn_size = spec.ffn_size,
+      .max_positions = spec.max_positions,
+      .rms_norm_eps = spec.rms_norm_eps,
+      .final_soft_cap = spec.final_soft_cap,
+      .tied_embeddings = spec.tied_embeddings,
+      .layers = {},
+  };
+  for (const LayerSpec& layer : spec.layers)
+    out.layers.push_back({
+        .window = layer.window,
+        .rope_theta = layer.rope_theta,
+        .rope_factor = layer.rope_factor,
+        .heads = layer.heads,
+        .kv_heads = layer.kv_heads,
+        .head_dim = layer.head_dim,
+        .attention_scale = layer.attention_scale,
+        .attention_soft_cap = layer.attention_soft_cap,
+        .post_norms = layer.post_norms,
+        .qk_norm = layer.qk_norm,
+    });
+  return out;
+}
+
+gemma_cuda::EngineOptions from_rust(const EngineOptions& options) {
+  return {
+      .device = std::string(options.device),
+      .compute = from_rust(options.compute),
+      .weights = from_rust(options.weights),
+      .page_size = options.page_size,
+      .pages = options.pages,
+      .max_batch_tokens = options.max_batch_tokens,
+      .max_sequences = options.max_sequences,
+      .max_logit_rows = options.max_logit_rows,
+      .threads = options.threads,
+      .prefix_cache = options.prefix_cache,
+  };
+}
+
+gemma_cuda::SamplingConfig from_rust(const SamplingConfig& config) {
+  gemma_cuda::SamplingConfig out{
+      .temperature = config.temperature,
+      .top_k = config.top_k,
+      .top_p = config.top_p,
+      .min_p = config.min_p,
+      .repetition_penalty = config.repetition_penalty,
+      .presence_penalty = config.presence_penalty,
+      .frequency_penalty = config.frequency_penalty,
+      .seed = config.seed,
+      .logit_bias = {},
+      .stop_tokens = {config.stop_tokens.begin(), config.stop_tokens.end()},
+      .min_new_tokens = config.min_new_tokens,
+      .top_logprobs = config.top_logprobs,
+  };
+  for (const TokenBias& bias : config.logit_bias) out.logit_bias.push_back({bias.token, bias.bias});
+  return out;
+}
+
+rust::Vec<ScoredToken> to_rust(const std::vector<gemma_cuda::ScoredToken>& tokens) {
+  rust::Vec<ScoredToken> out;
+  out.reserve(tokens.size());
+  for (const gemma_cuda::ScoredToken& token : tokens) {
+    ScoredToken scored{token.token, token.logprob, {}};
+    for (const gemma_cuda::TokenLogprob& top : token.top) scored.top.push_back({top.token, top.logprob});
+    out.push_back(std::move(scored));
+  }
+  return out;
+}
+
+rust::Vec<float> to_rust(const std::vector<float>& values) {
+  rust::Vec<float> out;
+  out.reserve(values.size());
+  for (float value : values) out.push_back(value);
+  return out;
+}
+
+}  // namespace
+
+rust::String canonical_tensor_name(rust::Str name) {
+  return rust::String::lossy(gemma_cuda::canonical_tensor_name(view(name)).value_or(""));
+}
+
+rust::Vec<TensorSlot> tensor_table(const ModelSpec& spec) {
+  const gemma_cuda::ModelSpec model = from_rust(spec);
+  validate(model);
+  rust::Vec<TensorSlot> out;
+  for (const gemma_cuda::TensorSlot& slot : gemma_cuda::tensor_table(model)) {
+    TensorSlot row{rust::String(slot.name), {}};
+    for (uint64_t extent : slot.shape) row.shape.push_back(extent);
+    out.push_back(std::move(row));
+  }
+  return out;
+}
+
+MemoryBudget memory_budget(const ModelSpec& spec, const EngineOptions& options) {
+  const gemma_cuda::MemoryBudget budget = gemma_cuda::memory_budget(from_rust(spec), from_rust(options));
+  return {budget.weights, budget.kv_cache, budget.activations, budget.logits};
+}
+
+Engine::Engine(gemma_cuda::ModelSpec spec, gemma_cuda::EngineOptions options)
+    : engine_(std::move(spec), std::move(options)) {}
+
+rust::String Engine::device_name() const { return engine_.device_name(); }
+
+void Engine::load_tensor(rust::Str name, DType dtype, rust::Slice<const uint64_t> shape,
+                         rust::Slice<const uint8_t> bytes) {
+  engine_.load_tensor(view(name), from_rust(dtype), view(shape), view(bytes));
+}
+
+void Engine::finish_loading() { engine_.finish_loading(); }
+
+uint32_t Engine::add_sequence(rust::Slice<const uint32_t> tokens, uint32_t prompt_tokens,
+                              const SamplingConfig& sampling, bool reuse_prefix) {
+  return engine_.add_sequence(view(tokens), prompt_tokens, from_rust(sampling), reuse_prefix);
+}
+
+void Engine::append_tokens(uint32_t sequence, rust::Slice<const uint32_t> tokens) {
+  engine_.append_tokens(sequence, view(tokens));
+}
+
+void Engine::remove_sequence(uint32_t sequence) { engine_.remove_sequence(sequence); }
+
+SequenceState Engine::sequence_state(uint32_t sequence) const {
+  const gemma_cuda::SequenceState state = engine_.sequence_state(sequence);
+  return {state.tokens, state.cached};
+}
+
+uint32_t Engine::free_pages() const { return engine_.free_pages(); }
+
+uint32_t Engine::pages_for(uint32_t sequence, uint32_t tokens) const { return engine_.pages_for(sequence, tokens); }
+
+rust::Vec<ItemOutput> Engine::step(rust::Slice<const StepItem> items) {
+  std::vector<gemma_cuda::StepItem> batch;
+  batch.reserve(items.size());
+  for (const StepItem& item : items)
+    batch.push_back({item.sequence, item.tokens, item.sample, item.score, item.logits, item.hidden});
+  rust::Vec<ItemOutput> out;
+  for (const gemma_cuda::ItemOutput& item : engine_.step(batch))
+    out.push_back(
+        {item.sequence, to_rust(item.sampled), to_rust(item.scored), to_rust(item.logits), to_rust(item.hidden)});
+  return out;
+}
+
+std::unique_ptr<Engine> new_engine(const ModelSpec& spec, const EngineOptions& options) {
+  return std::make_unique<Engine>(from_rust(spec), from_rust(options));
+}
+
+}  // namespace gemma_cuda::bridge

@@ -1,0 +1,48 @@
+// The cxx bridge's C++ side: the core's types turned into Rust's and back. Nothing is decided here.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "core/engine.h"
+#include "rust/cxx.h"
+
+namespace gemma_cuda::bridge {
+
+struct EngineOptions;
+struct ItemOutput;
+struct MemoryBudget;
+struct ModelSpec;
+struct SamplingConfig;
+struct SequenceState;
+struct StepItem;
+struct TensorSlot;
+enum class DType : uint8_t;
+
+rust::String canonical_tensor_name(rust::Str name);
+rust::Vec<TensorSlot> tensor_table(const ModelSpec& spec);
+MemoryBudget memory_budget(const ModelSpec& spec, const EngineOptions& options);
+
+class Engine {
+ public:
+  Engine(gemma_cuda::ModelSpec spec, gemma_cuda::EngineOptions options);
+
+  rust::String device_name() const;
+  void load_tensor(rust::Str name, DType dtype, rust::Slice<const uint64_t> shape, rust::Slice<const uint8_t> bytes);
+  void finish_loading();
+  uint32_t add_sequence(rust::Slice<const uint32_t> tokens, uint32_t prompt_tokens, const SamplingConfig& sampling,
+                        bool reuse_prefix);
+  void append_tokens(uint32_t sequence, rust::Slice<const uint32_t> tokens);
+  void remove_sequence(uint32_t sequence);
+  SequenceState sequence_state(uint32_t sequence) const;
+  uint32_t free_pages() const;
+  uint32_t pages_for(uint32_t sequence, uint32_t tokens) const;
+  rust::Vec<ItemOutput> step(rust::Slice<const StepItem> items);
+
+ private:
+  gemma_cuda::Engine engine_;
+};
+
+std::unique_ptr<Engine> new_engine(const ModelSpec& spec, const EngineOptions& options);
+
+}  // namespace gemma_cuda::bridge

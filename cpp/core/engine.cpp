@@ -1,0 +1,296 @@
+#include "core/engine.h"
+
+#include <algorithm>
+#include <optional>
+#include <unordered_set>
+
+#include "core/error.h"
+#include "core/forward.h"
+#include "core/pages.h"
+#include "core/plan.h"
+#include "core/sequence.h"
+#include "core/weights.h"
+#include "ops/backend.h"
+
+namespace gemma_cuda {
+namespace {
+
+void require(bool ok, const std::string& what) {
+  if (!ok) throw Error::invalid_argument(what);
+}
+
+std::string number(uint64_t value) { return std::to_string(value); }
+
+void validate(const EngineOptions& options) {
+  require(options.compute != DType::f16, "f16 activations are refused: Gemma overflows in them; use bf16 or f32");
+  require(options.weights != DType::f16, "f16 weights are converted on load; keep them as bf16 or f32");
+  require(options.compute == DType::f32 || options.weights == DType::bf16, "bf16 compute keeps its weights as bf16");
+  const std::pair<const char*, uint32_t> counts[] = {{"page_size", options.page_size},
+                                                     {"pages", options.pages},
+                                                     {"max_batch_tokens", options.max_batch_tokens},
+                                                     {"max_sequences", options.max_sequences},
+                                                     {"max_logit_rows", options.max_logit_rows}};
+  for (const auto& [name, value] : counts)
+    require(value >= 1 && value <= (1u << 24), std::string(name) + " is " + number(value) + ", outside 1..16777216");
+  // Token slots are 32-bit numbers.
+  require(uint64_t{options.page_size} * options.pages <= (uint64_t{1} << 32),
+          "a KV cache of " + number(options.pages) + " pages of " + number(options.page_size) +
+              " tokens is more than 2^32 tokens");
+}
+
+ForwardLimits limits(const EngineOptions& options) {
+  return {options.compute,          options.page_size,     options.pages,
+          options.max_batch_tokens, options.max_sequences, options.max_logit_rows};
+}
+
+std::unique_ptr<Backend> make_backend(const EngineOptions& options) {
+  if (options.device == "auto" || options.device == "reference")
+    return make_reference_backend(options.threads, options.compute);
+  if (options.device == "cuda" || options.device.starts_with("cuda:"))
+    throw Error::device("device " + options.device + ": this build has only the reference backend");
+  throw Error::invalid_argument("device '" + options.device + "' is not known; there are auto, reference and cuda:N");
+}
+
+}  // namespace
+
+MemoryBudget memory_budget(const ModelSpec& spec, const EngineOptions& options) {
+  validate(spec);
+  validate(options);
+  return {Weights::bytes(spec, options.weights), Forward::kv_cache_bytes(spec, limits(options)),
+          Forward::activation_bytes(spec, limits(options)), Forward::logit_bytes(spec, limits(options))};
+}
+
+struct Engine::State {
+  State(ModelSpec model, EngineOptions chosen)
+      : spec(std::move(model)),
+        options(std::move(chosen)),
+        backend(make_backend(options)),
+        weights(*backend, spec, options.weights),
+        forward(*backend, spec, weights, limits(options)),
+        pages(options.pages, options.page_size, options.prefix_cache),
+        sequences(options.max_sequences) {}
+
+  Sequence& sequence(uint32_t id) {
+    require(id < sequences.size() && sequences[id].has_value(), "there is no sequence " + number(id));
+    return *sequences[id];
+  }
+  void require_tokens(std::span<const uint32_t> tokens) const {
+    for (uint32_t token : tokens)
+      require(token < spec.vocab_size,
+              "token id " + number(token) + " is outside the embedding's " + number(spec.vocab_size) + " rows");
+  }
+  uint32_t new_pages(const Sequence& sequence, uint32_t tokens) const {
+    const uint32_t size = pages.page_size();
+    return static_cast<uint32_t>((uint64_t{sequence.cached} + tokens + size - 1) / size - sequence.pages.size());
+  }
+
+  ModelSpec spec;
+  EngineOptions options;
+  std::unique_ptr<Backend> backend;
+  Weights weights;
+  Forward forward;
+  PagePool pages;
+  std::vector<std::optional<Sequence>> sequences;
+  bool ready = false;
+};
+
+namespace {
+
+// How many of an item's last rows need logits.
+uint32_t logit_rows(const StepItem& item) { return item.logits || item.score ? item.tokens : item.sample ? 1 : 0; }
+
+}  // namespace
+
+Engine::Engine(ModelSpec spec, EngineOptions options) {
+  gemma_cuda::validate(spec);
+  validate(options);
+  state_ = std::make_unique<State>(std::move(spec), std::move(options));
+}
+Engine::~Engine() = default;
+
+std::string Engine::device_name() const { return state_->backend->name(); }
+
+void Engine::load_tensor(std::string_view name, DType dtype, std::span<const uint64_t> shape,
+                         std::span<const uint8_t> bytes) {
+  state_->weights.load(name, dtype, shape, bytes);
+}
+
+void Engine::finish_loading() {
+  state_->weights.require_all();
+  state_->ready = true;
+}
+
+uint32_t Engine::add_sequence(std::span<const uint32_t> tokens, uint32_t prompt_tokens, const SamplingConfig& sampling,
+                              bool reuse_prefix) {
+  State& s = *state_;
+  require(!tokens.empty(), "a sequence needs at least one token");
+  require(
+      tokens.size() <= s.spec.max_positions,
+      "a sequence of " + number(tokens.size()) + " tokens is longer than the model's " + number(s.spec.max_positions));
+  require(prompt_tokens <= tokens.size(), number(prompt_tokens) + " prompt tokens of " + number(tokens.size()));
+  s.require_tokens(tokens);
+  s.require_tokens(sampling.stop_tokens);
+  for (const TokenBias& bias : sampling.logit_bias) s.require_tokens({&bias.token, 1});
+  const auto slot = std::ranges::find_if(s.sequences, [](const auto& sequence) { return !sequence.has_value(); });
+  require(slot != s.sequences.end(), "all " + number(s.sequences.size()) + " sequences are taken");
+
+  Sequence sequence;
+  sequence.tokens.assign(tokens.begin(), tokens.end());
+  sequence.prompt_tokens = prompt_tokens;
+  sequence.sampling = sampling;
+  if (reuse_prefix) sequence.pages = s.pages.take_prefix(tokens, sequence.chain);
+  sequence.cached = static_cast<uint32_t>(sequence.pages.size()) * s.pages.page_size();
+  *slot = std::move(sequence);
+  return static_cast<uint32_t>(slot - s.sequences.begin());
+}
+
+void Engine::append_tokens(uint32_t id, std::span<const uint32_t> tokens) {
+  Sequence& sequence = state_->sequence(id);
+  state_->require_tokens(tokens);
+  require(sequence.tokens.size() + tokens.size() <= state_->spec.max_positions,
+          number(sequence.tokens.size()) + " + " + number(tokens.size()) + " tokens are more than the model's " +
+              number(state_->spec.max_positions));
+  sequence.tokens.insert(sequence.tokens.end(), tokens.begin(), tokens.end());
+}
+
+void Engine::remove_sequence(uint32_t id) {
+  state_->pages.release(state_->sequence(id).pages);
+  state_->sequences[id].reset();
+}
+
+SequenceState Engine::sequence_state(uint32_t id) const {
+  const Sequence& sequence = state_->sequence(id);
+  return {sequence.length(), sequence.cached};
+}
+
+uint32_t Engine::free_pages() const { return state_->pages.free(); }
+
+uint32_t Engine::pages_for(uint32_t id, uint32_t tokens) const {
+  return state_->new_pages(state_->sequence(id), tokens);
+}
+
+namespace {
+
+// Everything that can be wrong with a step, before anything is changed.
+void validate_item(const StepItem& item, const Sequence& sequence, const ModelSpec& spec) {
+  const std::string who = "sequence " + number(item.sequence);
+  require(item.tokens >= 1, who + " is to be fed no token");
+  require(item.tokens <= sequence.length() - sequence.cached,
+          who + " is to be fed " + number(item.tokens) + " tokens but has " +
+              number(sequence.length() - sequence.cached) + " that are not cached yet");
+  require(uint64_t{sequence.cached} + item.tokens <= spec.max_positions,
+          who + " is at the model's longest length, " + number(spec.max_positions) + " tokens");
+  require(!item.sample || sequence.cached + item.tokens == sequence.length(),
+          who + " can be sampled only after its last known token");
+}
+
+void require_within(const char* what, uint64_t wanted, uint64_t most) {
+  require(wanted <= most, "the step has " + number(wanted) + " " + what + ", the engine was built for " + number(most));
+}
+
+// [layers + 1][t, hidden] of a pass -> [layers + 1, tokens, hidden] of the rows from `begin`.
+std::vector<float> rows_of(const std::vector<std::vector<float>>& hidden, uint32_t begin, uint32_t rows,
+                           uint32_t width) {
+  std::vector<float> out;
+  for (const std::vector<float>& layer : hidden) {
+    const auto first = layer.begin() + size_t{begin} * width;
+    out.insert(out.end(), first, first + size_t{rows} * width);
+  }
+  return out;
+}
+
+}  // namespace
+
+std::vector<ItemOutput> Engine::step(std::span<const StepItem> items) {
+  State& s = *state_;
+  require(s.ready, "finish_loading has not been called");
+  require(!items.empty(), "a step needs at least one sequence");
+  uint64_t tokens = 0, rows = 0, new_pages = 0;
+  std::unordered_set<uint32_t> seen;
+  for (const StepItem& item : items) {
+    const Sequence& sequence = s.sequence(item.sequence);
+    require(seen.insert(item.sequence).second, "sequence " + number(item.sequence) + " is twice in the step");
+    validate_item(item, sequence, s.spec);
+    tokens += item.tokens;
+    rows += logit_rows(item);
+    new_pages += s.new_pages(sequence, item.tokens);
+  }
+  require_within("tokens", tokens, s.options.max_batch_tokens);
+  require_within("rows of logits", rows, s.options.max_logit_rows);
+  if (new_pages > s.pages.free())
+    throw Error::out_of_pages("the step needs " + number(new_pages) + " pages of the KV cache, " +
+                              number(s.pages.free()) + " of " + number(s.pages.pages()) + " are free");
+
+  std::vector<PlanItem> plan_items;
+  for (const StepItem& item : items) {
+    Sequence& sequence = s.sequence(item.sequence);
+    for (uint32_t n = s.new_pages(sequence, item.tokens); n > 0; --n) sequence.pages.push_back(s.pages.take());
+    plan_items.push_back({&sequence, item.tokens, logit_rows(item)});
+  }
+  const BatchPlan plan = make_plan(plan_items, s.pages.page_size());
+  const bool keep_hidden = std::ranges::any_of(items, &StepItem::hidden);
+  std::vector<std::vector<float>> hidden;
+  const float* logits = s.forward.run(plan, keep_hidden ? &hidden : nullptr);
+  std::vector<ItemOutput> out = collect(items, plan, logits, hidden);
+  commit(items, out);
+  return out;
+}
+
+// Samples, scores and copies what the items ask for.
+std::vector<ItemOutput> Engine::collect(std::span<const StepItem> items, const BatchPlan& plan, const float* logits,
+                                        const std::vector<std::vector<float>>& hidden) {
+  State& s = *state_;
+  const uint32_t vocab = s.spec.vocab_size;
+  std::vector<SampleRow> samples;
+  std::vector<ScoreRow> scores;
+  uint32_t row = 0;
+  for (const StepItem& item : items) {
+    const Sequence& sequence = s.sequence(item.sequence);
+    const uint32_t rows = logit_rows(item);
+    if (item.score)
+      for (uint32_t i = 0; i < item.tokens && sequence.cached + i + 1 < sequence.length(); ++i)
+        scores.push_back({row + i, sequence.tokens[sequence.cached + i + 1], sequence.sampling.top_logprobs});
+    if (item.sample) samples.push_back({row + rows - 1, &sequence.sampling, sequence.tokens, sequence.prompt_tokens});
+    row += rows;
+  }
+  const std::vector<ScoredToken> sampled = s.backend->sample(logits, vocab, samples);
+  const std::vector<ScoredToken> scored = s.backend->score(logits, vocab, scores);
+
+  std::vector<ItemOutput> out;
+  size_t next_sample = 0, next_score = 0;
+  row = 0;
+  for (size_t i = 0; i < items.size(); ++i) {
+    const StepItem& item = items[i];
+    const Sequence& sequence = s.sequence(item.sequence);
+    ItemOutput& output = out.emplace_back();
+    output.sequence = item.sequence;
+    if (item.sample) output.sampled.push_back(sampled[next_sample++]);
+    if (item.score)
+      for (uint32_t k = 0; k < item.tokens && sequence.cached + k + 1 < sequence.length(); ++k)
+        output.scored.push_back(scored[next_score++]);
+    if (item.logits) {
+      output.logits.resize(size_t{item.tokens} * vocab);
+      s.backend->download(output.logits.data(), logits + size_t{row} * vocab, output.logits.size() * sizeof(float));
+    }
+    if (item.hidden) output.hidden = rows_of(hidden, plan.cu_seqlens[i], item.tokens, s.spec.hidden_size);
+    row += logit_rows(item);
+  }
+  return out;
+}
+
+// Advances the sequences: new tokens are cached, full pages published, sampled tokens appended.
+void Engine::commit(std::span<const StepItem> items, std::span<const ItemOutput> outputs) {
+  State& s = *state_;
+  const uint32_t size = s.pages.page_size();
+  for (size_t i = 0; i < items.size(); ++i) {
+    Sequence& sequence = s.sequence(items[i].sequence);
+    const uint32_t full_before = sequence.cached / size;
+    sequence.cached += items[i].tokens;
+    for (uint32_t page = full_before; page < sequence.cached / size; ++page)
+      sequence.chain = s.pages.publish(sequence.pages[page], sequence.chain,
+                                       std::span(sequence.tokens).subspan(size_t{page} * size, size));
+    for (const ScoredToken& token : outputs[i].sampled) sequence.tokens.push_back(token.token);
+  }
+}
+
+}  // namespace gemma_cuda

@@ -1,0 +1,100 @@
+// The engine: a model on a device, its paged KV cache, the sequences in it, and the step that moves them on.
+//
+// One engine is used by one thread at a time. Every call either does what it says or throws gemma_cuda::Error and
+// changes nothing.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/spec.h"
+#include "core/tensor_table.h"
+#include "ops/dtype.h"
+#include "ops/sampling.h"
+
+namespace gemma_cuda {
+
+struct EngineOptions {
+  std::string device = "auto";      // "auto", "reference", "cuda:N"
+  DType compute = DType::bf16;      // activations and K/V; accumulation is always float32
+  DType weights = DType::bf16;      // matrices in memory
+  uint32_t page_size = 32;          // tokens in one page of the KV cache
+  uint32_t pages = 256;             // of the KV cache
+  uint32_t max_batch_tokens = 256;  // new tokens in one step, over all sequences
+  uint32_t max_sequences = 64;      // alive at once
+  uint32_t max_logit_rows = 64;     // rows of logits in one step
+  uint32_t threads = 0;             // of the reference backend; 0: all cores
+  bool prefix_cache = true;         // keep pages of finished sequences for prompts that start alike
+};
+
+struct BatchPlan;
+
+struct MemoryBudget {
+  uint64_t weights = 0, kv_cache = 0, activations = 0, logits = 0;  // bytes
+};
+MemoryBudget memory_budget(const ModelSpec& spec, const EngineOptions& options);
+
+// One sequence's part in a step: feed its next `tokens` known tokens.
+struct StepItem {
+  uint32_t sequence = 0;
+  uint32_t tokens = 0;
+  bool sample = false;  // the next token after the last fed one, which must be the last known one; append it
+  bool score = false;   // log-probability of every known token that follows a fed one
+  bool logits = false;  // [tokens, vocab_size]
+  bool hidden = false;  // [layers + 1, tokens, hidden_size]: scaled embeddings, each layer's output, the last one
+                        // after the final norm
+};
+
+struct ItemOutput {
+  uint32_t sequence = 0;
+  std::vector<ScoredToken> sampled;  // none or one
+  std::vector<ScoredToken> scored;
+  std::vector<float> logits;
+  std::vector<float> hidden;
+};
+
+struct SequenceState {
+  uint32_t tokens = 0;  // known: prompt and generated
+  uint32_t cached = 0;  // those whose keys and values are in the cache
+};
+
+class Engine {
+ public:
+  Engine(ModelSpec spec, EngineOptions options);
+  ~Engine();
+
+  std::string device_name() const;
+
+  // `bytes` holds the row-major tensor `name` (a canonical name of tensor_table). Converted to what the engine keeps.
+  void load_tensor(std::string_view name, DType dtype, std::span<const uint64_t> shape, std::span<const uint8_t> bytes);
+  // After the last tensor. Throws naming the first that is missing.
+  void finish_loading();
+
+  // Starts a sequence of known tokens: the first `prompt_tokens` are the prompt, the rest count as generated. With
+  // `reuse_prefix`, whole pages that another sequence left behind are taken over. Returns the sequence's number.
+  uint32_t add_sequence(std::span<const uint32_t> tokens, uint32_t prompt_tokens, const SamplingConfig& sampling,
+                        bool reuse_prefix);
+  void append_tokens(uint32_t sequence, std::span<const uint32_t> tokens);
+  void remove_sequence(uint32_t sequence);
+  SequenceState sequence_state(uint32_t sequence) const;
+
+  uint32_t free_pages() const;  // those kept only for reuse included
+  uint32_t pages_for(uint32_t sequence, uint32_t tokens) const;
+
+  // One forward pass over any mix of prefill chunks and decode rows.
+  std::vector<ItemOutput> step(std::span<const StepItem> items);
+
+ private:
+  std::vector<ItemOutput> collect(std::span<const StepItem> items, const BatchPlan& plan, const float* logits,
+                                  const std::vector<std::vector<float>>& hidden);
+  void commit(std::span<const StepItem> items, std::span<const ItemOutput> outputs);
+
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace gemma_cuda

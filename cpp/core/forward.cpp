@@ -1,0 +1,224 @@
+#include "core/forward.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "ops/convert.h"
+
+namespace gemma_cuda {
+namespace {
+
+// The widest of some per-layer number.
+template <class F>
+uint64_t widest(const ModelSpec& spec, F width) {
+  uint64_t out = 0;
+  for (const LayerSpec& layer : spec.layers) out = std::max<uint64_t>(out, width(layer));
+  return out;
+}
+
+uint64_t kv_layer_bytes(const LayerSpec& layer, const ForwardLimits& limits) {
+  return uint64_t{limits.pages} * limits.page_size * layer.kv_width() * size_of(limits.act);
+}
+
+uint64_t pages_per_sequence(const ModelSpec& spec, const ForwardLimits& limits) {
+  return std::min<uint64_t>(limits.pages, (uint64_t{spec.max_positions} + limits.page_size - 1) / limits.page_size);
+}
+
+// sqrt(hidden), as the activations' type holds it.
+float embedding_scale(const ModelSpec& spec, DType act) {
+  const float scale = std::sqrt(static_cast<float>(spec.hidden_size));
+  return act == DType::bf16 ? to_float(to_bf16(scale)) : scale;
+}
+
+}  // namespace
+
+Forward::Forward(Backend& backend, const ModelSpec& spec, const Weights& weights, ForwardLimits limits)
+    : backend_(backend),
+      spec_(spec),
+      weights_(weights),
+      limits_(limits),
+      embedding_scale_(embedding_scale(spec, limits.act)) {
+  const uint64_t t = limits.tokens, s = limits.sequences, r = limits.logit_rows, act = size_of(limits.act);
+  auto u32 = [&](uint64_t count) { return Buffer(backend, count * sizeof(uint32_t)); };
+  tables_ = {u32(t), u32(t), u32(t), u32(s + 1), u32(s), u32(s * pages_per_sequence(spec, limits)), u32(r)};
+
+  const uint64_t q = widest(spec, [](const LayerSpec& l) { return l.q_width(); });
+  const uint64_t qkv = widest(spec, [](const LayerSpec& l) { return l.qkv_width(); });
+  const uint64_t hidden = spec.hidden_size, ffn = spec.ffn_size;
+  act_.residual = Buffer(backend, t * hidden * sizeof(float));
+  act_.x = Buffer(backend, t * hidden * act);
+  act_.qkv = Buffer(backend, t * qkv * act);
+  act_.q = Buffer(backend, t * q * act);
+  act_.attended = Buffer(backend, t * q * act);
+  act_.gate_up = Buffer(backend, t * 2 * ffn * act);
+  act_.activated = Buffer(backend, t * ffn * act);
+  act_.delta = Buffer(backend, t * hidden * act);
+  act_.last = Buffer(backend, r * hidden * act);
+  act_.logits = Buffer(backend, logit_bytes(spec, limits));
+  for (const LayerSpec& layer : spec.layers) {
+    const uint64_t bytes = kv_layer_bytes(layer, limits);
+    kv_.push_back({Buffer(backend, bytes), Buffer(backend, bytes)});
+  }
+}
+
+uint64_t Forward::kv_cache_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
+  uint64_t total = 0;
+  for (const LayerSpec& layer : spec.layers) total += 2 * kv_layer_bytes(layer, limits);
+  return total;
+}
+
+uint64_t Forward::activation_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
+  const uint64_t t = limits.tokens, s = limits.sequences, r = limits.logit_rows, act = size_of(limits.act);
+  const uint64_t tables = 3 * t + 2 * s + 1 + s * pages_per_sequence(spec, limits) + r;
+  const uint64_t q = widest(spec, [](const LayerSpec& l) { return l.q_width(); });
+  const uint64_t qkv = widest(spec, [](const LayerSpec& l) { return l.qkv_width(); });
+  return tables * sizeof(uint32_t) + t * spec.hidden_size * sizeof(float) +
+         act *
+             (t * (2 * uint64_t{spec.hidden_size} + qkv + 2 * q + 3 * uint64_t{spec.ffn_size}) + r * spec.hidden_size);
+}
+
+uint64_t Forward::logit_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
+  return uint64_t{limits.logit_rows} * spec.vocab_size * sizeof(float);
+}
+
+const float* Forward::run(const BatchPlan& plan, std::vector<std::vector<float>>* hidden) {
+  const uint32_t tokens = plan.tokens(), layers = static_cast<uint32_t>(spec_.layers.size());
+  upload(plan);
+  backend_.embed({.ids = tables_.ids.as<uint32_t>(),
+                  .tokens = tokens,
+                  .table = weights_.embedding(),
+                  .scale = embedding_scale_,
+                  .residual = act_.residual.as<float>()});
+  keep_hidden(hidden, tokens);
+  backend_.norm({.residual = act_.residual.as<float>(),
+                 .weight = weights_.layer(0).pre_attention_norm.as<float>(),
+                 .out = act_.x.data(),
+                 .tokens = tokens,
+                 .hidden = spec_.hidden_size,
+                 .eps = spec_.rms_norm_eps});
+  for (uint32_t i = 0; i < layers; ++i) {
+    const bool post = spec_.layers[i].post_norms;
+    const LayerWeights& weights = weights_.layer(i);
+    attention_block(i, plan);
+    add_and_norm(post ? &weights.post_attention_norm : nullptr, &weights.pre_mlp_norm, tokens);
+    mlp_block(i, tokens);
+    add_and_norm(post ? &weights.post_mlp_norm : nullptr,
+                 i + 1 < layers ? &weights_.layer(i + 1).pre_attention_norm : nullptr, tokens);
+    keep_hidden(hidden, tokens);
+  }
+  if (hidden != nullptr) replace_last_hidden(*hidden, tokens);
+  return logits(plan);
+}
+
+void Forward::upload(const BatchPlan& plan) {
+  auto put = [&](const Buffer& buffer, const std::vector<uint32_t>& host) {
+    if (!host.empty()) backend_.upload(buffer.data(), host.data(), host.size() * sizeof(uint32_t));
+  };
+  put(tables_.ids, plan.ids);
+  put(tables_.positions, plan.positions);
+  put(tables_.slots, plan.slots);
+  put(tables_.cu_seqlens, plan.cu_seqlens);
+  put(tables_.kv_len, plan.kv_len);
+  put(tables_.block_table, plan.block_table);
+  put(tables_.logit_rows, plan.logit_rows);
+}
+
+void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
+  const LayerSpec& layer = spec_.layers[index];
+  const LayerWeights& weights = weights_.layer(index);
+  const uint32_t tokens = plan.tokens(), hidden = spec_.hidden_size;
+  const KvLayer cache{kv_[index].keys.data(), kv_[index].values.data(), limits_.act,
+                      limits_.page_size,      layer.kv_heads,           layer.head_dim};
+
+  gemm(act_.x, weights_.matrix(weights.qkv, layer.qkv_width(), hidden), act_.qkv, limits_.act, tokens);
+  backend_.rope({.qkv = act_.qkv.data(),
+                 .positions = tables_.positions.as<uint32_t>(),
+                 .slots = tables_.slots.as<uint32_t>(),
+                 .inverse_frequency = weights.inverse_frequency.as<float>(),
+                 .q_norm = weights.q_norm.as<float>(),
+                 .k_norm = weights.k_norm.as<float>(),
+                 .eps = spec_.rms_norm_eps,
+                 .heads = layer.heads,
+                 .q = act_.q.data(),
+                 .cache = cache,
+                 .tokens = tokens});
+  backend_.attention({.q = act_.q.data(),
+                      .cache = cache,
+                      .cu_seqlens = tables_.cu_seqlens.as<uint32_t>(),
+                      .kv_len = tables_.kv_len.as<uint32_t>(),
+                      .block_table = tables_.block_table.as<uint32_t>(),
+                      .sequences = plan.sequences(),
+                      .max_pages = plan.max_pages,
+                      .heads = layer.heads,
+                      .window = layer.window,
+                      .scale = layer.attention_scale,
+                      .soft_cap = layer.attention_soft_cap,
+                      .out = act_.attended.data(),
+                      .tokens = tokens});
+  gemm(act_.attended, weights_.matrix(weights.attention_out, hidden, layer.q_width()), act_.delta, limits_.act, tokens);
+}
+
+void Forward::mlp_block(uint32_t index, uint32_t tokens) {
+  const LayerWeights& weights = weights_.layer(index);
+  const uint32_t hidden = spec_.hidden_size, ffn = spec_.ffn_size;
+  gemm(act_.x, weights_.matrix(weights.gate_up, 2 * ffn, hidden), act_.gate_up, limits_.act, tokens);
+  backend_.geglu({.gate_up = act_.gate_up.data(), .out = act_.activated.data(), .tokens = tokens, .ffn = ffn});
+  gemm(act_.activated, weights_.matrix(weights.down, hidden, ffn), act_.delta, limits_.act, tokens);
+}
+
+void Forward::add_and_norm(const Buffer* post, const Buffer* next, uint32_t tokens) {
+  backend_.norm({.residual = act_.residual.as<float>(),
+                 .delta = act_.delta.data(),
+                 .delta_weight = post ? post->as<float>() : nullptr,
+                 .weight = next ? next->as<float>() : nullptr,
+                 .out = act_.x.data(),
+                 .tokens = tokens,
+                 .hidden = spec_.hidden_size,
+                 .eps = spec_.rms_norm_eps});
+}
+
+void Forward::gemm(const Buffer& x, Matrix w, const Buffer& out, DType out_dtype, uint32_t tokens) {
+  backend_.gemm({.x = x.data(), .w = w, .out = out.data(), .out_dtype = out_dtype, .tokens = tokens});
+}
+
+const float* Forward::logits(const BatchPlan& plan) {
+  const uint32_t rows = static_cast<uint32_t>(plan.logit_rows.size());
+  float* logits = act_.logits.as<float>();
+  if (rows == 0) return logits;
+  backend_.norm({.residual = act_.residual.as<float>(),
+                 .rows = tables_.logit_rows.as<uint32_t>(),
+                 .weight = weights_.final_norm().as<float>(),
+                 .out = act_.last.data(),
+                 .tokens = rows,
+                 .hidden = spec_.hidden_size,
+                 .eps = spec_.rms_norm_eps});
+  gemm(act_.last, weights_.lm_head(), act_.logits, DType::f32, rows);
+  if (spec_.final_soft_cap > 0)
+    backend_.soft_cap({.x = logits, .rows = rows, .cols = spec_.vocab_size, .cap = spec_.final_soft_cap});
+  return logits;
+}
+
+void Forward::keep_hidden(std::vector<std::vector<float>>* hidden, uint32_t tokens) {
+  if (hidden == nullptr) return;
+  std::vector<float>& rows = hidden->emplace_back(size_t{tokens} * spec_.hidden_size);
+  backend_.download(rows.data(), act_.residual.data(), rows.size() * sizeof(float));
+}
+
+void Forward::replace_last_hidden(std::vector<std::vector<float>>& hidden, uint32_t tokens) {
+  std::vector<float>& rows = hidden.back();
+  backend_.norm({.residual = act_.residual.as<float>(),
+                 .weight = weights_.final_norm().as<float>(),
+                 .out = act_.x.data(),
+                 .tokens = tokens,
+                 .hidden = spec_.hidden_size,
+                 .eps = spec_.rms_norm_eps});
+  if (limits_.act == DType::f32) {
+    backend_.download(rows.data(), act_.x.data(), rows.size() * sizeof(float));
+    return;
+  }
+  std::vector<bf16> narrow(rows.size());
+  backend_.download(narrow.data(), act_.x.data(), narrow.size() * sizeof(bf16));
+  std::ranges::transform(narrow, rows.begin(), [](bf16 x) { return to_float(x); });
+}
+
+}  // namespace gemma_cuda

@@ -1,0 +1,77 @@
+// The forward pass: prefill, chunked prefill and decode are this one call on a ragged batch.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/plan.h"
+#include "core/spec.h"
+#include "core/weights.h"
+#include "ops/backend.h"
+
+namespace gemma_cuda {
+
+struct ForwardLimits {
+  DType act;            // activations and K/V
+  uint32_t page_size;   // tokens in a page
+  uint32_t pages;       // of the KV cache
+  uint32_t tokens;      // new tokens in a pass
+  uint32_t sequences;   // in a pass
+  uint32_t logit_rows;  // in a pass
+};
+
+class Forward {
+ public:
+  // Allocates the KV cache and all that a pass within the limits needs. The arguments outlive it.
+  Forward(Backend& backend, const ModelSpec& spec, const Weights& weights, ForwardLimits limits);
+
+  // Leaves the logits of plan.logit_rows on the device, float32 [r, vocab]; valid until the next pass. Where `hidden`
+  // is given it becomes [layers + 1][t, hidden_size]: the scaled embeddings, each layer's output, the last one after
+  // the final norm.
+  const float* run(const BatchPlan& plan, std::vector<std::vector<float>>* hidden);
+
+  static uint64_t kv_cache_bytes(const ModelSpec& spec, const ForwardLimits& limits);
+  static uint64_t activation_bytes(const ModelSpec& spec, const ForwardLimits& limits);
+  static uint64_t logit_bytes(const ModelSpec& spec, const ForwardLimits& limits);
+
+ private:
+  struct Tables {  // the plan on the device
+    Buffer ids, positions, slots, cu_seqlens, kv_len, block_table, logit_rows;
+  };
+  struct Activations {
+    Buffer residual;   // [t, hidden] float32
+    Buffer x;          // [t, hidden] normed input of a block
+    Buffer qkv;        // [t, qkv_width]
+    Buffer q;          // [t, q_width] rotated queries
+    Buffer attended;   // [t, q_width]
+    Buffer gate_up;    // [t, 2 ffn]
+    Buffer activated;  // [t, ffn]
+    Buffer delta;      // [t, hidden] a block's output
+    Buffer last;       // [r, hidden] normed rows for the logits
+    Buffer logits;     // [r, vocab] float32
+  };
+  struct KvBuffers {
+    Buffer keys, values;
+  };
+
+  void upload(const BatchPlan& plan);
+  void attention_block(uint32_t layer, const BatchPlan& plan);
+  void mlp_block(uint32_t layer, uint32_t tokens);
+  // residual += delta (normed by `post` where the model does), then x = norm(residual, next) where there is a next.
+  void add_and_norm(const Buffer* post, const Buffer* next, uint32_t tokens);
+  void gemm(const Buffer& x, Matrix w, const Buffer& out, DType out_dtype, uint32_t tokens);
+  void keep_hidden(std::vector<std::vector<float>>* hidden, uint32_t tokens);
+  void replace_last_hidden(std::vector<std::vector<float>>& hidden, uint32_t tokens);
+  const float* logits(const BatchPlan& plan);
+
+  Backend& backend_;
+  const ModelSpec& spec_;
+  const Weights& weights_;
+  ForwardLimits limits_;
+  float embedding_scale_;
+  Tables tables_;
+  Activations act_;
+  std::vector<KvBuffers> kv_;
+};
+
+}  // namespace gemma_cuda

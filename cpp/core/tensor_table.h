@@ -1,0 +1,46 @@
+// The one table of tensor names, shapes and the slots of the model they fill.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/spec.h"
+
+namespace gemma_cuda {
+
+// Where a tensor goes. Query, key and value share one matrix, gate and up another: one GEMM reads them at once.
+enum class Slot {
+  embedding,      // [vocab, hidden]
+  final_norm,     // [hidden]
+  lm_head,        // [vocab, hidden], only where not tied
+  qkv,            // [(heads + 2 kv_heads) head_dim, hidden], rows from `row`
+  attention_out,  // [hidden, heads head_dim]
+  gate_up,        // [2 ffn, hidden], rows from `row`
+  down,           // [hidden, ffn]
+  q_norm,
+  k_norm,  // [head_dim]
+  pre_attention_norm,
+  post_attention_norm,
+  pre_mlp_norm,
+  post_mlp_norm,  // [hidden]
+};
+
+struct TensorSlot {
+  std::string name;             // canonical: "model.layers.0.self_attn.q_proj.weight"
+  std::vector<uint64_t> shape;  // row-major, [out, in] for matrices
+  Slot slot;
+  uint32_t layer = 0;
+  uint64_t row = 0;  // first row of the slot's matrix that this tensor fills
+};
+
+// Every tensor of the model, in the order of the forward pass.
+std::vector<TensorSlot> tensor_table(const ModelSpec& spec);
+
+// "language_model.model.x", "model.language_model.x" -> "model.x"; nullopt for tensors of a vision tower or
+// projector, which text generation leaves aside. Any other name comes back as it is.
+std::optional<std::string> canonical_tensor_name(std::string_view name);
+
+}  // namespace gemma_cuda

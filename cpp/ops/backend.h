@@ -1,0 +1,188 @@
+// The operations a model is made of, as one interface. A backend is a device: its memory and these operations.
+//
+// Notation: t new tokens of all sequences of a step laid end to end (ragged, no padding), s sequences, h hidden_size.
+// "act" is the activation type, bf16 or f32, the same for every operation of an engine; accumulation is float32 and
+// the residual stream stays float32. Pointers are to the backend's memory unless marked host. An operation may return
+// before it is done; download() waits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ops/dtype.h"
+#include "ops/sampling.h"
+
+namespace gemma_cuda {
+
+struct Matrix {  // row-major, contiguous
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  uint32_t rows = 0, cols = 0;
+};
+
+// residual[i] = table[ids[i]] * scale
+struct EmbedArgs {
+  const uint32_t* ids;  // [t], each below table.rows
+  uint32_t tokens;
+  Matrix table;     // [vocab, h]
+  float scale;      // sqrt(h), rounded to act
+  float* residual;  // [t, h]
+};
+
+// RMS norm in float32, y = x * rsqrt(mean(x^2) + eps) * (1 + w), fused with what stands around it in a layer:
+//   residual += delta_weight ? norm(delta, delta_weight) : delta      where delta is given
+//   out = norm(residual[rows], weight)                                where weight is given
+struct NormArgs {
+  float* residual;                      // [t, h]
+  const void* delta = nullptr;          // [t, h] act: the output of the block before
+  const float* delta_weight = nullptr;  // [h]
+  const uint32_t* rows = nullptr;       // [tokens] rows of residual to norm; all in order where null. Not with delta
+  const float* weight = nullptr;        // [h]
+  void* out = nullptr;                  // [tokens, h] act
+  uint32_t tokens;
+  uint32_t hidden;
+  float eps;
+};
+
+// out = x w^T
+struct GemmArgs {
+  const void* x;  // [t, w.cols] act
+  Matrix w;       // [n, k]
+  void* out;      // [t, n]
+  DType out_dtype;
+  uint32_t tokens;
+};
+
+// One layer of the paged cache. Keys and values each [page][kv_head][page_size][head_dim].
+struct KvLayer {
+  void* keys;
+  void* values;
+  DType dtype;
+  uint32_t page_size, kv_heads, head_dim;
+};
+
+// Splits qkv, norms q and k where the model does, rotates both (halves, angles in float32), writes q out and k, v
+// into the cache.
+struct RopeArgs {
+  const void* qkv;                 // [t, (heads + 2 kv_heads) head_dim] act
+  const uint32_t* positions;       // [t]
+  const uint32_t* slots;           // [t] page * page_size + offset: where the token's key and value go
+  const float* inverse_frequency;  // [head_dim / 2]
+  const float* q_norm = nullptr;   // [head_dim]
+  const float* k_norm = nullptr;   // [head_dim]
+  float eps;
+  uint32_t heads;
+  void* q;  // [t, heads head_dim] act
+  KvLayer cache;
+  uint32_t tokens;
+};
+
+// softmax(cap(scale q k^T)) v over the cached tokens a query may see: those at or before its position, and with a
+// window only the last `window` of them. The new tokens of sequence i are rows cu_seqlens[i]..cu_seqlens[i+1], the
+// last one at position kv_len[i] - 1.
+struct AttentionArgs {
+  const void* q;  // [t, heads head_dim] act
+  KvLayer cache;
+  const uint32_t* cu_seqlens;   // [s + 1]
+  const uint32_t* kv_len;       // [s] cached tokens, the new ones among them
+  const uint32_t* block_table;  // [s, max_pages]
+  uint32_t sequences, max_pages;
+  uint32_t heads;
+  uint32_t window;  // 0: none
+  float scale;
+  float soft_cap;  // 0: none
+  void* out;       // [t, heads head_dim] act
+  uint32_t tokens;
+};
+
+// out = gelu_tanh(gate) * up
+struct GegluArgs {
+  const void* gate_up;  // [t, 2 ffn] act: gate, then up
+  void* out;            // [t, ffn] act
+  uint32_t tokens, ffn;
+};
+
+// x = cap * tanh(x / cap)
+struct SoftCapArgs {
+  float* x;  // [rows, cols]
+  uint32_t rows, cols;
+  float cap;
+};
+
+// A row of logits to sample from, with what its sequence has seen.
+struct SampleRow {
+  uint32_t row;
+  const SamplingConfig* config;      // host
+  std::span<const uint32_t> tokens;  // host: prompt and generated
+  uint32_t prompt_tokens;
+};
+
+// A row of logits in which to look a token up.
+struct ScoreRow {
+  uint32_t row;
+  uint32_t token;
+  uint32_t top_logprobs;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  // One line for a person: kind, instruction set or GPU, threads.
+  virtual std::string name() const = 0;
+
+  virtual void* allocate(size_t bytes) = 0;  // aligned for any operation; throws Error::device with the numbers
+  virtual void release(void* memory) noexcept = 0;
+  virtual void upload(void* to, const void* host, size_t bytes) = 0;
+  virtual void download(void* host, const void* from, size_t bytes) = 0;
+  // Uploads `count` elements, converted (to nearest even where it narrows).
+  virtual void upload_as(void* to, DType to_type, const void* host, DType host_type, size_t count) = 0;
+
+  virtual void embed(const EmbedArgs& args) = 0;
+  virtual void norm(const NormArgs& args) = 0;
+  virtual void gemm(const GemmArgs& args) = 0;
+  virtual void rope(const RopeArgs& args) = 0;
+  virtual void attention(const AttentionArgs& args) = 0;
+  virtual void geglu(const GegluArgs& args) = 0;
+  virtual void soft_cap(const SoftCapArgs& args) = 0;
+
+  // logits [rows, vocab] float32. A row with a NaN throws.
+  virtual std::vector<ScoredToken> sample(const float* logits, uint32_t vocab, std::span<const SampleRow> rows) = 0;
+  virtual std::vector<ScoredToken> score(const float* logits, uint32_t vocab, std::span<const ScoreRow> rows) = 0;
+};
+
+// A backend's memory, given back at the end of its life.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(Backend& backend, size_t bytes) : backend_(&backend), data_(backend.allocate(bytes)) {}
+  Buffer(Buffer&& other) noexcept
+      : backend_(std::exchange(other.backend_, nullptr)), data_(std::exchange(other.data_, nullptr)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(backend_, other.backend_);
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~Buffer() {
+    if (backend_ != nullptr) backend_->release(data_);
+  }
+
+  void* data() const { return data_; }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  Backend* backend_ = nullptr;
+  void* data_ = nullptr;
+};
+
+// The plain C++ backend, with activations of type `act`. `threads` 0: all cores this process may use.
+std::unique_ptr<Backend> make_reference_backend(uint32_t threads, DType act);
+
+}  // namespace gemma_cuda

@@ -1,0 +1,160 @@
+// The reference backend: every operation in plain C++ on the host's memory, rows and columns spread over threads.
+// It is the oracle for other backends and the default where there is no GPU.
+#include "ops/backend.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "core/error.h"
+#include "ops/convert.h"
+#include "reference/backend.h"
+#include "reference/kernels.h"
+#include "reference/sampler.h"
+#include "reference/thread_pool.h"
+
+namespace gemma_cuda {
+namespace reference {
+namespace {
+
+template <class To, class From>
+void convert(void* to, const void* from, size_t begin, size_t end) {
+  for (size_t i = begin; i < end; ++i)
+    static_cast<To*>(to)[i] = from_float<To>(to_float(static_cast<const From*>(from)[i]));
+}
+
+template <class To>
+void convert_from(DType type, void* to, const void* from, size_t begin, size_t end) {
+  switch (type) {
+    case DType::f32: return convert<To, float>(to, from, begin, end);
+    case DType::bf16: return convert<To, bf16>(to, from, begin, end);
+    case DType::f16: return convert<To, f16>(to, from, begin, end);
+  }
+}
+
+class ReferenceBackend final : public Backend {
+ public:
+  ReferenceBackend(uint32_t threads, const Kernels& kernels, DType act)
+      : pool_(threads), kernels_(kernels), act_(act) {}
+
+  std::string name() const override {
+    return std::string("reference (CPU, ") + kernels_.name + ", " + std::to_string(pool_.threads()) +
+           (pool_.threads() == 1 ? " thread)" : " threads)");
+  }
+
+  void* allocate(size_t bytes) override {
+    void* memory =
+        std::aligned_alloc(kAlignment, (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment);
+    if (memory == nullptr) throw Error::device("could not allocate " + std::to_string(bytes) + " bytes of memory");
+    return memory;
+  }
+  void release(void* memory) noexcept override { std::free(memory); }
+  void upload(void* to, const void* host, size_t bytes) override { std::memcpy(to, host, bytes); }
+  void download(void* host, const void* from, size_t bytes) override { std::memcpy(host, from, bytes); }
+
+  void upload_as(void* to, DType to_type, const void* host, DType host_type, size_t count) override {
+    in_pieces(count, size_t{1} << 16, [&](size_t begin, size_t end) {
+      if (to_type == host_type)
+        std::memcpy(static_cast<char*>(to) + begin * size_of(to_type),
+                    static_cast<const char*>(host) + begin * size_of(to_type), (end - begin) * size_of(to_type));
+      else if (to_type == DType::f32)
+        convert_from<float>(host_type, to, host, begin, end);
+      else
+        convert_from<bf16>(host_type, to, host, begin, end);
+    });
+  }
+
+  void embed(const EmbedArgs& args) override {
+    const uint32_t hidden = args.table.cols;
+    pool_.run(args.tokens, [&](uint32_t t) {
+      const size_t from = size_t{args.ids[t]} * hidden;
+      float* out = args.residual + size_t{t} * hidden;
+      for (uint32_t i = 0; i < hidden; ++i)
+        out[i] = args.scale * (args.table.dtype == DType::f32
+                                   ? static_cast<const float*>(args.table.data)[from + i]
+                                   : to_float(static_cast<const bf16*>(args.table.data)[from + i]));
+    });
+  }
+
+  void norm(const NormArgs& args) override {
+    pool_.run(args.tokens, [&](uint32_t row) { kernels_.norm_row(args, act_, row); });
+  }
+
+  void gemm(const GemmArgs& args) override {
+    // Enough pieces that no thread waits long for another, each wide enough for the kernel's blocks.
+    constexpr uint32_t kBlock = 32;
+    const uint32_t piece = std::max(kBlock, args.w.rows / (pool_.threads() * 8) / kBlock * kBlock);
+    in_pieces(args.w.rows, piece, [&](size_t begin, size_t end) {
+      kernels_.gemm(args, act_, static_cast<uint32_t>(begin), static_cast<uint32_t>(end));
+    });
+  }
+
+  void rope(const RopeArgs& args) override {
+    pool_.run(args.tokens, [&](uint32_t row) { kernels_.rope_row(args, act_, row); });
+  }
+
+  void attention(const AttentionArgs& args) override {
+    for (uint32_t s = 0; s < args.sequences; ++s) {
+      const uint32_t begin = args.cu_seqlens[s], rows = args.cu_seqlens[s + 1] - begin;
+      pool_.run(rows * args.heads, [&](uint32_t i) {
+        const uint32_t row = i / args.heads, last = args.kv_len[s] - rows + row;
+        const uint32_t first = args.window != 0 && last + 1 > args.window ? last + 1 - args.window : 0;
+        thread_local std::vector<float> scores;
+        scores.resize(last - first + 1 + 4);
+        kernels_.attend(args, act_, begin + row, s, i % args.heads, first, last, scores.data());
+      });
+    }
+  }
+
+  void geglu(const GegluArgs& args) override {
+    pool_.run(args.tokens, [&](uint32_t row) { kernels_.geglu_row(args, act_, row); });
+  }
+
+  void soft_cap(const SoftCapArgs& args) override {
+    in_pieces(size_t{args.rows} * args.cols, 1u << 15,
+              [&](size_t begin, size_t end) { kernels_.soft_cap(args.x + begin, end - begin, args.cap); });
+  }
+
+  std::vector<ScoredToken> sample(const float* logits, uint32_t vocab, std::span<const SampleRow> rows) override {
+    std::vector<ScoredToken> out;
+    for (const SampleRow& row : rows)
+      out.push_back(sample_token(kernels_, {logits + size_t{row.row} * vocab, vocab}, row));
+    return out;
+  }
+
+  std::vector<ScoredToken> score(const float* logits, uint32_t vocab, std::span<const ScoreRow> rows) override {
+    std::vector<ScoredToken> out;
+    for (const ScoreRow& row : rows)
+      out.push_back(score_token(kernels_, {logits + size_t{row.row} * vocab, vocab}, row.token, row.top_logprobs));
+    return out;
+  }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+
+  template <class F>
+  void in_pieces(size_t count, size_t piece, F body) {
+    pool_.run(static_cast<uint32_t>((count + piece - 1) / piece),
+              [&](uint32_t i) { body(i * piece, std::min(count, (i + 1) * piece)); });
+  }
+
+  ThreadPool pool_;
+  const Kernels& kernels_;
+  const DType act_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_backend(uint32_t threads, const Kernels& kernels, DType act) {
+  if (threads == 0) threads = std::max(1u, std::thread::hardware_concurrency());
+  return std::make_unique<ReferenceBackend>(threads, kernels, act);
+}
+
+}  // namespace reference
+
+std::unique_ptr<Backend> make_reference_backend(uint32_t threads, DType act) {
+  return reference::make_backend(threads, *reference::usable_kernels().back(), act);
+}
+
+}  // namespace gemma_cuda

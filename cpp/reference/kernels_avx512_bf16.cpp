@@ -1,0 +1,43 @@
+// x86-64 with AVX-512 and its bf16 dot product (Zen 4, Cooper Lake on): bf16 products two at a time, summed in
+// float32.
+#include <cmath>
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "ops/convert.h"
+#include "reference/kernels.h"
+#include "reference/limits.h"
+
+// To the end of the file: templates are compiled where they are used.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#endif
+
+#define GEMMA_CUDA_DPBF16
+
+namespace gemma_cuda::reference {
+namespace {
+
+typedef __m512 vf;
+inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+
+#include "reference/kernels.inl"
+
+}  // namespace
+
+const Kernels& avx512_bf16_kernels() {
+  static constexpr Kernels kernels{"avx512+bf16", gemm, norm_row, rope_row, attend, geglu_row, soft_cap, max, sum_exp};
+  return kernels;
+}
+
+}  // namespace gemma_cuda::reference
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

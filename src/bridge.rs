@@ -1,0 +1,229 @@
+//! The cxx bridge to the C++ core: the plain data that crosses, and the calls.
+//!
+//! Every call that can fail returns `Result`; the C++ side throws `gemma_cuda::Error`, whose text starts with its
+//! kind (`out_of_pages: …`), and [`crate::Error`] takes it apart again. An engine is used by one thread at a time.
+#![allow(unsafe_code)] // cxx's generated code and the one `Send` below; the rest of the crate has none but the file map
+
+#[cxx::bridge(namespace = "gemma_cuda::bridge")]
+pub(crate) mod ffi {
+    /// One decoder layer. Gemma 1, 2 and 3 differ only in these numbers.
+    #[derive(Clone, Debug, PartialEq)]
+    struct LayerSpec {
+        /// Sliding window in tokens (a query sees itself and the `window - 1` before it); 0 for full attention.
+        window: u32,
+        /// RoPE base frequency.
+        rope_theta: f64,
+        /// Linear RoPE scaling: positions are divided by it. 1 for none.
+        rope_factor: f64,
+        /// Query heads.
+        heads: u32,
+        /// Key/value heads; divides `heads`.
+        kv_heads: u32,
+        /// Width of one head; even.
+        head_dim: u32,
+        /// Factor on query-key products.
+        attention_scale: f32,
+        /// Soft cap on attention scores, after the scale and before the mask; 0 for none.
+        attention_soft_cap: f32,
+        /// Norms after the attention and MLP blocks too (Gemma 2 and 3).
+        post_norms: bool,
+        /// RMS norms over head_dim on queries and keys, before RoPE (Gemma 3).
+        qk_norm: bool,
+    }
+
+    /// A whole model, as data.
+    #[derive(Clone, Debug, PartialEq)]
+    struct ModelSpec {
+        /// Rows of the embedding; valid token ids are `0..vocab_size`.
+        vocab_size: u32,
+        /// Width of the residual stream.
+        hidden_size: u32,
+        /// Width of the MLP.
+        ffn_size: u32,
+        /// Longest sequence, in tokens.
+        max_positions: u32,
+        /// Epsilon of every RMS norm.
+        rms_norm_eps: f32,
+        /// Soft cap on the logits; 0 for none.
+        final_soft_cap: f32,
+        /// Whether the output embedding is the input embedding.
+        tied_embeddings: bool,
+        layers: Vec<LayerSpec>,
+    }
+
+    /// What the model's matrices are stored as and what activations between operations are rounded to.
+    #[derive(Debug)]
+    enum DType {
+        F32,
+        BF16,
+        F16,
+    }
+
+    /// How to build an engine. Zero means "choose for me" where a field says so.
+    #[derive(Clone, Debug)]
+    struct EngineOptions {
+        /// `auto`, `reference` or `cuda:N`.
+        device: String,
+        /// Activations and K/V: `BF16` or `F32` (accumulation is always float32).
+        compute: DType,
+        /// Matrices in memory: `BF16` or `F32`.
+        weights: DType,
+        /// Tokens in one page of the KV cache.
+        page_size: u32,
+        /// Pages of the KV cache.
+        pages: u32,
+        /// Most new tokens in one step, over all sequences.
+        max_batch_tokens: u32,
+        /// Most sequences alive at once.
+        max_sequences: u32,
+        /// Most rows of logits in one step.
+        max_logit_rows: u32,
+        /// Threads of the reference backend; 0 for all cores.
+        threads: u32,
+        /// Keep the pages of finished sequences and reuse them for prompts that start alike.
+        prefix_cache: bool,
+    }
+
+    /// One tensor a checkpoint must hold.
+    #[derive(Clone, Debug, PartialEq)]
+    struct TensorSlot {
+        /// Canonical name, `model.layers.0.self_attn.q_proj.weight`.
+        name: String,
+        /// Row-major, `[out, in]` for matrices.
+        shape: Vec<u64>,
+    }
+
+    /// Bytes an engine with these options takes.
+    #[derive(Clone, Debug, PartialEq)]
+    struct MemoryBudget {
+        weights: u64,
+        kv_cache: u64,
+        activations: u64,
+        logits: u64,
+    }
+
+    #[derive(Clone, Debug, PartialEq)]
+    struct TokenBias {
+        token: u32,
+        bias: f32,
+    }
+
+    /// Sampling of one sequence, resolved: every number is in range and has a value.
+    #[derive(Clone, Debug)]
+    struct SamplingConfig {
+        /// 0 is greedy.
+        temperature: f32,
+        /// 0 is off.
+        top_k: u32,
+        /// 1 is off.
+        top_p: f32,
+        /// 0 is off.
+        min_p: f32,
+        /// 1 is off. Over prompt and generated tokens.
+        repetition_penalty: f32,
+        /// 0 is off. Over generated tokens.
+        presence_penalty: f32,
+        /// 0 is off. Over generated tokens, per occurrence.
+        frequency_penalty: f32,
+        seed: u64,
+        logit_bias: Vec<TokenBias>,
+        /// Tokens that cannot be sampled before `min_new_tokens` others were.
+        stop_tokens: Vec<u32>,
+        min_new_tokens: u32,
+        /// How many of the likeliest tokens to report beside the sampled or scored one.
+        top_logprobs: u32,
+    }
+
+    /// One sequence's part in a step: feed its next `tokens` known tokens.
+    #[derive(Clone, Debug, PartialEq)]
+    struct StepItem {
+        sequence: u32,
+        tokens: u32,
+        /// Sample the next token after the last fed one, which must be the sequence's last, and append it.
+        sample: bool,
+        /// Log-probability of every known token that follows a fed one.
+        score: bool,
+        /// Return logits `[tokens, vocab_size]`.
+        logits: bool,
+        /// Return hidden states `[layers + 1, tokens, hidden_size]`: scaled embeddings, then each layer's output,
+        /// the last one after the final norm.
+        hidden: bool,
+    }
+
+    #[derive(Clone, Debug, PartialEq)]
+    struct TokenLogprob {
+        token: u32,
+        logprob: f32,
+    }
+
+    /// A token, its log-probability under the model (before penalties and temperature), and the likeliest ones.
+    #[derive(Clone, Debug, PartialEq)]
+    struct ScoredToken {
+        token: u32,
+        logprob: f32,
+        top: Vec<TokenLogprob>,
+    }
+
+    #[derive(Clone, Debug)]
+    struct ItemOutput {
+        sequence: u32,
+        /// Empty, or the one sampled token.
+        sampled: Vec<ScoredToken>,
+        scored: Vec<ScoredToken>,
+        logits: Vec<f32>,
+        hidden: Vec<f32>,
+    }
+
+    /// Where a sequence stands.
+    #[derive(Clone, Debug, PartialEq)]
+    struct SequenceState {
+        /// Known tokens: prompt and generated.
+        tokens: u32,
+        /// Those whose keys and values are in the cache.
+        cached: u32,
+    }
+
+    unsafe extern "C++" {
+        include!("api/bridge.h");
+
+        /// The canonical name of a checkpoint's tensor (its prefix normalized); empty for a tensor of a vision
+        /// tower, which text generation leaves aside.
+        fn canonical_tensor_name(name: &str) -> String;
+        /// Every tensor a checkpoint of this model holds, in a fixed order.
+        fn tensor_table(spec: &ModelSpec) -> Result<Vec<TensorSlot>>;
+        fn memory_budget(spec: &ModelSpec, options: &EngineOptions) -> Result<MemoryBudget>;
+
+        type Engine;
+        fn new_engine(spec: &ModelSpec, options: &EngineOptions) -> Result<UniquePtr<Engine>>;
+        /// One line: backend, instruction set or GPU, threads.
+        fn device_name(self: &Engine) -> String;
+        fn load_tensor(self: Pin<&mut Engine>, name: &str, dtype: DType, shape: &[u64], bytes: &[u8]) -> Result<()>;
+        /// After the last tensor: an error names what is missing.
+        fn finish_loading(self: Pin<&mut Engine>) -> Result<()>;
+
+        /// Starts a sequence of known tokens, of which the first `prompt_tokens` are the prompt and the rest count as
+        /// generated. With `reuse_prefix`, whole pages another sequence left behind are taken over.
+        fn add_sequence(
+            self: Pin<&mut Engine>,
+            tokens: &[u32],
+            prompt_tokens: u32,
+            sampling: &SamplingConfig,
+            reuse_prefix: bool,
+        ) -> Result<u32>;
+        fn append_tokens(self: Pin<&mut Engine>, sequence: u32, tokens: &[u32]) -> Result<()>;
+        fn remove_sequence(self: Pin<&mut Engine>, sequence: u32) -> Result<()>;
+        fn sequence_state(self: &Engine, sequence: u32) -> Result<SequenceState>;
+
+        /// Pages that can be had now, those kept only for reuse included.
+        fn free_pages(self: &Engine) -> u32;
+        /// Pages a sequence must take from the free ones to feed its next `tokens` tokens.
+        fn pages_for(self: &Engine, sequence: u32, tokens: u32) -> Result<u32>;
+
+        /// One forward pass over any mix of prefill chunks and decode rows. On error nothing has changed.
+        fn step(self: Pin<&mut Engine>, items: &[StepItem]) -> Result<Vec<ItemOutput>>;
+    }
+}
+
+// SAFETY: an engine owns all it points to and keeps no thread-local state; cxx hands out `&mut` for every call that
+// changes it, so moving it to another thread is sound. It is not `Sync`.
+unsafe impl Send for ffi::Engine {}

@@ -1,0 +1,402 @@
+//! `config.json` to [`ModelSpec`]: every form Gemma 1, 2 and 3 have been published in.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::fields::{Fields, read_object};
+use crate::engine::{LayerSpec, ModelSpec};
+use crate::error::{Error, Result};
+
+#[derive(Clone, Copy, PartialEq)]
+enum Family {
+    Gemma1,
+    Gemma2,
+    Gemma3,
+}
+
+/// What `config.json` says.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Config {
+    pub spec: ModelSpec,
+    /// Whether the file gives the vocabulary's size; a nested Gemma 3 config may leave it to the embedding's rows.
+    pub vocab_given: bool,
+    pub eos_token_ids: Vec<u32>,
+    pub bos_token_id: Option<u32>,
+}
+
+impl Config {
+    pub fn read(path: &Path) -> Result<Self> {
+        Self::parse(path, &read_object(path)?)
+    }
+
+    fn parse(path: &Path, map: &Map<String, Value>) -> Result<Self> {
+        let top = Fields::new(path, map);
+        let (family, fields) = find_text_model(top)?;
+        refuse_unsupported(top)?;
+        refuse_unsupported(fields)?;
+        let spec = model_spec(family, fields, top)?;
+        // Ids stand at the top or beside the text model.
+        let ids = |name| Ok::<_, Error>(if fields.has(name) { fields.token_ids(name)? } else { top.token_ids(name)? });
+        Ok(Config {
+            vocab_given: fields.has("vocab_size"),
+            eos_token_ids: ids("eos_token_id")?,
+            bos_token_id: ids("bos_token_id")?.first().copied(),
+            spec,
+        })
+    }
+}
+
+fn find_text_model(top: Fields) -> Result<(Family, Fields)> {
+    let family = |name: &str| match name {
+        "gemma" => Some(Family::Gemma1),
+        "gemma2" => Some(Family::Gemma2),
+        "gemma3" | "gemma3_text" => Some(Family::Gemma3),
+        _ => None,
+    };
+    let known = "gemma, gemma2, gemma3, gemma3_text";
+    let name =
+        top.string("model_type")?.ok_or_else(|| top.error(format!("`model_type` is missing; known: {known}")))?;
+    let found =
+        family(name).ok_or_else(|| top.error(format!("`model_type` {name:?} is not supported; known: {known}")))?;
+    match top.object("text_config")? {
+        Some(text) if name == "gemma3" => Ok((found, text)),
+        None if name == "gemma3" => Err(top.error("`model_type` \"gemma3\" without a `text_config`")),
+        _ => Ok((found, top)),
+    }
+}
+
+/// What would change the computation in ways this engine does not know.
+fn refuse_unsupported(fields: Fields) -> Result<()> {
+    for name in ["attention_bias", "use_bidirectional_attention"] {
+        if fields.boolean(name)? == Some(true) {
+            return Err(fields.error(format!("`{name}` true is not supported; no published Gemma text model has it")));
+        }
+    }
+    if fields.object("quantization_config")?.is_some() {
+        return Err(fields.error("`quantization_config`: quantized checkpoints are not supported by this version"));
+    }
+    // Gemma means the tanh form of GELU under every name it was given, "gelu" of the first configs among them.
+    for name in ["hidden_act", "hidden_activation"] {
+        match fields.string(name)? {
+            None | Some("gelu" | "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" | "gelu_tanh") => {}
+            Some(other) => return Err(fields.error(format!("`{name}` {other:?} is not a GELU, which every Gemma has"))),
+        }
+    }
+    Ok(())
+}
+
+fn model_spec(family: Family, fields: Fields, top: Fields) -> Result<ModelSpec> {
+    let gemma3 = family == Family::Gemma3;
+    // Gemma 3 configs leave out what equals the class defaults.
+    let count = |name: &str, default: u32| match fields.count(name)? {
+        Some(value) => Ok(value),
+        None if gemma3 => Ok(default),
+        None => fields.required_count(name),
+    };
+    let layers = count("num_hidden_layers", 26)?;
+    if !(1..=1024).contains(&layers) {
+        return Err(fields.error(format!("`num_hidden_layers` is {layers}, outside 1..1024")));
+    }
+    let tied = match fields.boolean("tie_word_embeddings")? {
+        Some(tied) => tied,
+        None => top.boolean("tie_word_embeddings")?.unwrap_or(true),
+    };
+    let spec = ModelSpec {
+        vocab_size: count("vocab_size", 262_208)?,
+        hidden_size: count("hidden_size", 2304)?,
+        ffn_size: count("intermediate_size", 9216)?,
+        max_positions: fields.count("max_position_embeddings")?.unwrap_or(if gemma3 { 131_072 } else { 8192 }),
+        rms_norm_eps: fields.positive("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+        final_soft_cap: soft_cap(family, fields, "final_logit_softcapping", 30.0)?,
+        tied_embeddings: tied,
+        layers: layer_specs(
+            family,
+            fields,
+            layers,
+            count("num_attention_heads", 8)?,
+            count("num_key_value_heads", 4)?,
+        )?,
+    };
+    // The core knows what it can compute with; its error names the number.
+    crate::engine::tensor_table(&spec).map_err(|error| fields.error(error.to_string()))?;
+    Ok(spec)
+}
+
+/// Absent means the class default of Gemma 2, null means none.
+fn soft_cap(family: Family, fields: Fields, name: &str, gemma2_default: f32) -> Result<f32> {
+    match fields.positive(name)? {
+        Some(cap) => Ok(cap as f32),
+        None if family == Family::Gemma2 && !fields.has(name) => Ok(gemma2_default),
+        None => Ok(0.0),
+    }
+}
+
+fn layer_specs(family: Family, fields: Fields, layers: u32, heads: u32, kv_heads: u32) -> Result<Vec<LayerSpec>> {
+    let head_dim = fields.count("head_dim")?.unwrap_or(256);
+    let scalar = match family {
+        Family::Gemma1 => f64::from(head_dim),
+        _ => fields.positive("query_pre_attn_scalar")?.unwrap_or(256.0),
+    };
+    let window = match family {
+        Family::Gemma1 => 0,
+        // Null is no window; absent is the class default.
+        _ if fields.has("sliding_window") => fields.count("sliding_window")?.unwrap_or(0),
+        _ => 4096,
+    };
+    let attention_soft_cap = soft_cap(family, fields, "attn_logit_softcapping", 50.0)?;
+    let ropes = Ropes::read(family, fields)?;
+    let local = local_layers(family, fields, layers)?;
+    Ok(local
+        .into_iter()
+        .map(|local| {
+            let rope = if local { ropes.local } else { ropes.global };
+            LayerSpec {
+                window: if local { window } else { 0 },
+                rope_theta: rope.theta,
+                rope_factor: rope.factor,
+                heads,
+                kv_heads,
+                head_dim,
+                attention_scale: scalar.powf(-0.5) as f32,
+                attention_soft_cap,
+                post_norms: family != Family::Gemma1,
+                qk_norm: family == Family::Gemma3,
+            }
+        })
+        .collect())
+}
+
+/// Which layers see only a window: named one by one, or all but every so-manieth.
+fn local_layers(family: Family, fields: Fields, layers: u32) -> Result<Vec<bool>> {
+    if family == Family::Gemma1 {
+        return Ok(vec![false; layers as usize]);
+    }
+    if let Some(kinds) = fields.strings("layer_types")? {
+        if kinds.len() != layers as usize {
+            return Err(fields.error(format!("`layer_types` names {} layers of {layers}", kinds.len())));
+        }
+        let local = |kind: &str| match kind {
+            "sliding_attention" => Ok(true),
+            "full_attention" => Ok(false),
+            other => Err(fields.error(format!(
+                "`layer_types` holds {other:?}; known are \"sliding_attention\" and \"full_attention\""
+            ))),
+        };
+        return kinds.into_iter().map(local).collect();
+    }
+    let pattern = match fields.count("sliding_window_pattern")? {
+        Some(pattern) => pattern,
+        None => fields.count("_sliding_window_pattern")?.unwrap_or(if family == Family::Gemma2 { 2 } else { 6 }),
+    };
+    if pattern == 0 {
+        return Err(fields.error("`sliding_window_pattern` is 0; it counts layers and starts at 1"));
+    }
+    Ok((0..layers).map(|layer| (layer + 1) % pattern != 0).collect())
+}
+
+#[derive(Clone, Copy)]
+struct Rope {
+    theta: f64,
+    factor: f64,
+}
+
+struct Ropes {
+    global: Rope,
+    local: Rope,
+}
+
+impl Ropes {
+    /// Old: `rope_theta`, `rope_local_base_freq`, `rope_scaling`, which concerns global layers only. New:
+    /// `rope_parameters`, flat for Gemma 1 and 2, one for each kind of layer in Gemma 3.
+    fn read(family: Family, fields: Fields) -> Result<Self> {
+        let gemma3 = family == Family::Gemma3;
+        let theta = if gemma3 { 1e6 } else { 1e4 };
+        if let Some(new) = fields.object("rope_parameters")? {
+            let full = new.object("full_attention")?;
+            let sliding = new.object("sliding_attention")?;
+            let global = Rope::read(full.unwrap_or(new), theta)?;
+            let local = match sliding {
+                Some(sliding) => Rope::read(sliding, 1e4)?,
+                None if gemma3 => Rope { theta: fields.positive("rope_local_base_freq")?.unwrap_or(1e4), factor: 1.0 },
+                None => global,
+            };
+            return Ok(Ropes { global, local });
+        }
+        let theta = fields.positive("rope_theta")?.unwrap_or(theta);
+        let factor = match fields.object("rope_scaling")? {
+            Some(scaling) => Rope::read(scaling, theta)?.factor,
+            None => 1.0,
+        };
+        let global = Rope { theta, factor };
+        if !gemma3 {
+            return Ok(Ropes { global, local: global });
+        }
+        let local = Rope { theta: fields.positive("rope_local_base_freq")?.unwrap_or(1e4), factor: 1.0 };
+        Ok(Ropes { global, local })
+    }
+}
+
+impl Rope {
+    fn read(fields: Fields, default_theta: f64) -> Result<Self> {
+        let kind = match fields.string("rope_type")? {
+            Some(kind) => kind,
+            None => fields.string("type")?.unwrap_or("default"),
+        };
+        let factor = match kind {
+            "default" => 1.0,
+            "linear" => {
+                fields.positive("factor")?.ok_or_else(|| fields.error("linear RoPE scaling without a `factor`"))?
+            }
+            other => {
+                return Err(
+                    fields.error(format!("RoPE type {other:?} is not supported; known are \"default\" and \"linear\""))
+                );
+            }
+        };
+        Ok(Rope { theta: fields.positive("rope_theta")?.unwrap_or(default_theta), factor })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(value: Value) -> Result<Config> {
+        Config::parse(Path::new("config.json"), value.as_object().unwrap())
+    }
+
+    fn refused(value: Value) -> String {
+        parse(value).unwrap_err().to_string()
+    }
+
+    fn gemma1() -> Value {
+        json!({"model_type": "gemma", "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576,
+               "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256,
+               "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "gelu",
+               "torch_dtype": "bfloat16", "bos_token_id": 2, "eos_token_id": 1})
+    }
+
+    fn with(mut base: Value, changes: Value) -> Value {
+        base.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        base
+    }
+
+    #[test]
+    fn gemma1_as_first_published() {
+        let config = parse(gemma1()).unwrap();
+        let layer = &config.spec.layers[27];
+        assert_eq!((config.spec.layers.len(), layer.window, layer.head_dim), (28, 0, 256));
+        assert_eq!((layer.attention_scale, layer.rope_theta, layer.rope_factor), (0.0625, 1e4, 1.0));
+        assert!(!layer.post_norms && !layer.qk_norm && config.spec.tied_embeddings);
+        assert_eq!((config.eos_token_ids, config.bos_token_id), (vec![1], Some(2)));
+    }
+
+    #[test]
+    fn gemma2_has_even_layers_local_and_soft_caps() {
+        let base = json!({"model_type": "gemma2", "vocab_size": 256000, "hidden_size": 4608,
+            "intermediate_size": 36864, "num_hidden_layers": 46, "num_attention_heads": 32, "num_key_value_heads": 16,
+            "head_dim": 128, "query_pre_attn_scalar": 144, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh"});
+        let spec = parse(base.clone()).unwrap().spec;
+        assert_eq!(spec.layers.iter().map(|l| l.window).take(3).collect::<Vec<_>>(), [4096, 0, 4096]);
+        assert_eq!((spec.layers[0].attention_scale, spec.layers[0].attention_soft_cap), (1.0 / 12.0, 50.0));
+        assert_eq!(spec.final_soft_cap, 30.0);
+        let uncapped = parse(with(base, json!({"attn_logit_softcapping": null}))).unwrap().spec;
+        assert_eq!(uncapped.layers[0].attention_soft_cap, 0.0);
+    }
+
+    #[test]
+    fn gemma3_27b_ends_in_two_local_layers() {
+        let spec = parse(json!({"model_type": "gemma3", "text_config": {
+            "model_type": "gemma3_text", "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 62,
+            "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 168,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}}))
+        .unwrap()
+        .spec;
+        let global: Vec<usize> = (0..62).filter(|&i| spec.layers[i].window == 0).collect();
+        assert_eq!(global, [5, 11, 17, 23, 29, 35, 41, 47, 53, 59]);
+        assert_eq!((spec.layers[5].rope_theta, spec.layers[5].rope_factor), (1e6, 8.0));
+        assert_eq!((spec.layers[61].rope_theta, spec.layers[61].rope_factor), (1e4, 1.0));
+    }
+
+    #[test]
+    fn gemma3_4b_leaves_out_the_class_defaults() {
+        let config = parse(json!({"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": {
+            "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}}))
+        .unwrap();
+        let spec = &config.spec;
+        assert!(!config.vocab_given && spec.vocab_size == 262_208 && spec.max_positions == 131_072);
+        let layer = &spec.layers[0];
+        assert_eq!((layer.heads, layer.kv_heads, layer.head_dim, layer.window), (8, 4, 256, 1024));
+        assert!(layer.qk_norm && layer.post_norms);
+        assert_eq!(config.eos_token_ids, [1, 106]);
+    }
+
+    #[test]
+    fn old_and_new_rope_forms_mean_the_same() {
+        let base = json!({"model_type": "gemma3_text", "num_hidden_layers": 7});
+        let old = with(
+            base.clone(),
+            json!({"rope_theta": 1e6, "rope_local_base_freq": 2e4, "rope_scaling": {"type": "linear", "factor": 8}}),
+        );
+        let new = with(
+            base,
+            json!({"rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}}),
+        );
+        assert_eq!(parse(old).unwrap(), parse(new).unwrap());
+    }
+
+    #[test]
+    fn layer_kinds_in_each_spelling() {
+        let base = json!({"model_type": "gemma3_text", "num_hidden_layers": 4, "sliding_window": 8});
+        let windows = |changes| {
+            parse(with(base.clone(), changes)).unwrap().spec.layers.iter().map(|l| l.window).collect::<Vec<_>>()
+        };
+        assert_eq!(windows(json!({"sliding_window_pattern": 2})), [8, 0, 8, 0]);
+        assert_eq!(windows(json!({"_sliding_window_pattern": 3})), [8, 8, 0, 8]);
+        let kinds = json!({"layer_types":
+            ["full_attention", "sliding_attention", "full_attention", "full_attention"], "sliding_window_pattern": 2});
+        assert_eq!(windows(kinds), [0, 8, 0, 0]);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (changes, named) in [
+            (json!({"model_type": "llama"}), "known: gemma, gemma2, gemma3, gemma3_text"),
+            (json!({"model_type": null}), "`model_type` is missing"),
+            (json!({"hidden_act": "silu"}), "`hidden_act` \"silu\" is not a GELU"),
+            (json!({"hidden_size": -5}), "`hidden_size` is -5"),
+            (json!({"hidden_size": 1e300}), "`hidden_size`"),
+            (json!({"hidden_size": 99999999999u64}), "`hidden_size`"),
+            (json!({"hidden_size": 0}), "hidden_size is 0"),
+            (json!({"num_hidden_layers": 4000000000u32}), "`num_hidden_layers`"),
+            (json!({"num_key_value_heads": 3}), "does not divide"),
+            (json!({"head_dim": 7}), "odd"),
+            (json!({"vocab_size": "many"}), "`vocab_size` is \"many\""),
+            (json!({"rms_norm_eps": 0.0}), "`rms_norm_eps`"),
+            (json!({"rope_theta": "big"}), "`rope_theta`"),
+            (json!({"rope_scaling": {"rope_type": "yarn", "factor": 2}}), "\"yarn\" is not supported"),
+            (json!({"rope_scaling": {"rope_type": "linear"}}), "without a `factor`"),
+            (json!({"attention_bias": true}), "`attention_bias`"),
+            (json!({"use_bidirectional_attention": true}), "`use_bidirectional_attention`"),
+            (json!({"quantization_config": {"quant_method": "fp8"}}), "quantized checkpoints"),
+        ] {
+            let message = refused(with(gemma1(), changes));
+            assert!(message.starts_with("config.json: ") && message.contains(named), "{message}");
+        }
+        let no_size = with(gemma1(), json!({"hidden_size": null}));
+        assert!(refused(no_size).contains("`hidden_size` is missing"));
+        let gemma3 = json!({"model_type": "gemma3_text", "num_hidden_layers": 2});
+        assert!(refused(with(gemma3.clone(), json!({"layer_types": ["full_attention"]}))).contains("1 layers of 2"));
+        assert!(refused(with(gemma3.clone(), json!({"layer_types": ["a", "b"]}))).contains("\"a\""));
+        assert!(refused(with(gemma3, json!({"sliding_window_pattern": 0}))).contains("is 0"));
+        assert!(refused(json!({"model_type": "gemma3"})).contains("text_config"));
+    }
+}

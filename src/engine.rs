@@ -1,0 +1,188 @@
+//! The engine itself: a model on a device, its paged KV cache, and the step that moves sequences on.
+//!
+//! This is the layer below [`crate::Gemma`], for those who schedule on their own: plain data in, plain data out.
+
+use std::fmt;
+
+use crate::bridge::ffi;
+use crate::error::Result;
+
+pub use crate::bridge::ffi::{
+    DType, EngineOptions, ItemOutput, LayerSpec, MemoryBudget, ModelSpec, SamplingConfig, ScoredToken, SequenceState,
+    StepItem, TensorSlot, TokenBias, TokenLogprob,
+};
+
+impl Default for EngineOptions {
+    /// bf16 on the best device there is, a KV cache of 8192 tokens.
+    fn default() -> Self {
+        EngineOptions {
+            device: "auto".into(),
+            compute: DType::BF16,
+            weights: DType::BF16,
+            page_size: 32,
+            pages: 256,
+            max_batch_tokens: 256,
+            max_sequences: 64,
+            max_logit_rows: 64,
+            threads: 0,
+            prefix_cache: true,
+        }
+    }
+}
+
+impl Default for SamplingConfig {
+    /// Greedy.
+    fn default() -> Self {
+        SamplingConfig {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            seed: 0,
+            logit_bias: Vec::new(),
+            stop_tokens: Vec::new(),
+            min_new_tokens: 0,
+            top_logprobs: 0,
+        }
+    }
+}
+
+impl StepItem {
+    /// Feeds the next `tokens` known tokens of `sequence` and asks for nothing.
+    pub fn feed(sequence: u32, tokens: u32) -> Self {
+        StepItem { sequence, tokens, sample: false, score: false, logits: false, hidden: false }
+    }
+}
+
+/// The canonical name of a checkpoint's tensor, its prefix normalized; `None` for a tensor of a vision tower, which
+/// text generation leaves aside.
+pub fn canonical_tensor_name(name: &str) -> Option<String> {
+    Some(ffi::canonical_tensor_name(name)).filter(|name| !name.is_empty())
+}
+
+/// Every tensor a checkpoint of this model holds, in the order of the forward pass.
+///
+/// # Errors
+/// `InvalidArgument` naming the number in `spec` that cannot be.
+pub fn tensor_table(spec: &ModelSpec) -> Result<Vec<TensorSlot>> {
+    Ok(ffi::tensor_table(spec)?)
+}
+
+/// Bytes an engine with these options would take; nothing is allocated.
+///
+/// # Errors
+/// `InvalidArgument` naming the number that cannot be.
+pub fn memory_budget(spec: &ModelSpec, options: &EngineOptions) -> Result<MemoryBudget> {
+    Ok(ffi::memory_budget(spec, options)?)
+}
+
+/// A model on a device with its KV cache. `Send`, not `Sync`: one thread at a time.
+///
+/// Every call either does what it says or returns an error and changes nothing.
+pub struct Engine {
+    core: cxx::UniquePtr<ffi::Engine>,
+}
+
+impl Engine {
+    /// Allocates everything the engine will ever need: weights, KV cache, activations, logits.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the number that cannot be, `Device` where the device or its memory cannot be had.
+    pub fn new(spec: &ModelSpec, options: &EngineOptions) -> Result<Self> {
+        Ok(Engine { core: ffi::new_engine(spec, options)? })
+    }
+
+    /// One line for a person: backend, instruction set or GPU, threads.
+    pub fn device_name(&self) -> String {
+        self.core.device_name()
+    }
+
+    /// Hands over one tensor by its canonical name: row-major little-endian `bytes`, converted to what the engine
+    /// keeps.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a name the model does not have or that came before, or a shape that does not fit.
+    pub fn load_tensor(&mut self, name: &str, dtype: DType, shape: &[u64], bytes: &[u8]) -> Result<()> {
+        Ok(self.core.pin_mut().load_tensor(name, dtype, shape, bytes)?)
+    }
+
+    /// To be called after the last tensor.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming a tensor that is missing.
+    pub fn finish_loading(&mut self) -> Result<()> {
+        Ok(self.core.pin_mut().finish_loading()?)
+    }
+
+    /// Starts a sequence of known `tokens`: the first `prompt_tokens` are the prompt, the rest count as generated (for
+    /// penalties and for the steps of the seed). With `reuse_prefix`, whole pages that another sequence left behind
+    /// are taken over. Returns the sequence's number.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an empty or too long sequence, a token outside the embedding, or when all sequences are
+    /// taken.
+    pub fn add_sequence(
+        &mut self,
+        tokens: &[u32],
+        prompt_tokens: u32,
+        sampling: &SamplingConfig,
+        reuse_prefix: bool,
+    ) -> Result<u32> {
+        Ok(self.core.pin_mut().add_sequence(tokens, prompt_tokens, sampling, reuse_prefix)?)
+    }
+
+    /// Adds known tokens to the end of a sequence.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a token outside the embedding or a sequence that would grow too long.
+    pub fn append_tokens(&mut self, sequence: u32, tokens: &[u32]) -> Result<()> {
+        Ok(self.core.pin_mut().append_tokens(sequence, tokens)?)
+    }
+
+    /// Ends a sequence; its pages are free again.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if there is no such sequence.
+    pub fn remove_sequence(&mut self, sequence: u32) -> Result<()> {
+        Ok(self.core.pin_mut().remove_sequence(sequence)?)
+    }
+
+    /// Where a sequence stands.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if there is no such sequence.
+    pub fn sequence_state(&self, sequence: u32) -> Result<SequenceState> {
+        Ok(self.core.sequence_state(sequence)?)
+    }
+
+    /// Pages of the KV cache that can be had now, those kept only for reuse included.
+    pub fn free_pages(&self) -> u32 {
+        self.core.free_pages()
+    }
+
+    /// Pages a sequence must take from the free ones to feed its next `tokens` tokens.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if there is no such sequence.
+    pub fn pages_for(&self, sequence: u32, tokens: u32) -> Result<u32> {
+        Ok(self.core.pages_for(sequence, tokens)?)
+    }
+
+    /// One forward pass over any mix of prefill chunks and decode rows; outputs in the order of `items`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an item that cannot be, `OutOfPages` where the KV cache is too full. Nothing has changed
+    /// then.
+    pub fn step(&mut self, items: &[StepItem]) -> Result<Vec<ItemOutput>> {
+        Ok(self.core.pin_mut().step(items)?)
+    }
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine").field("device", &self.device_name()).field("free_pages", &self.free_pages()).finish()
+    }
+}

@@ -1,0 +1,286 @@
+//! The command line: what it writes, and how it refuses.
+
+mod support;
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+fn model() -> PathBuf {
+    support::golden_dir(support::MODEL)
+}
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gemma-cuda"));
+    command.args(args).stdin(Stdio::null()).env_remove("RUST_LOG");
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    command(args).output().unwrap()
+}
+
+fn run_with_stdin(args: &[&str], stdin: &[u8]) -> Output {
+    let mut child = command(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(stdin).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+fn generate(args: &[&str]) -> Output {
+    run(&[&["generate", "--device", "reference", "--model", model().to_str().unwrap()], args].concat())
+}
+
+/// Bad input: exit code 2, nothing on standard output, one line that names the thing.
+fn assert_refused(output: &Output, names: &str) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(output.stdout.is_empty());
+    assert!(stderr.starts_with("error: "), "{stderr}");
+    assert!(stderr.contains(names), "{names:?} is not in: {stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+}
+
+fn json_lines(output: &Output) -> Vec<Value> {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn bad_numbers_are_refused_by_name() {
+    let ids = ["--prompt-ids", "2,5,9"];
+    let cases: [(&[&str], &str); 14] = [
+        (&["--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (&["--max-new-tokens", "2", "--min-new-tokens", "3"], "min_new_tokens is 3"),
+        (&["--temperature", "-1"], "temperature is -1"),
+        (&["--temperature", "NaN"], "temperature is NaN"),
+        (&["--top-p", "-0.5"], "top_p is -0.5"),
+        (&["--top-p", "1.5"], "top_p is 1.5"),
+        (&["--top-p", "0"], "top_p is 0"),
+        (&["--min-p", "2"], "min_p is 2"),
+        (&["--repetition-penalty", "0"], "repetition_penalty is 0"),
+        (&["--presence-penalty", "inf"], "presence_penalty is inf"),
+        (&["--logit-bias", "512=1"], "token 512"),
+        (&["--stop", ""], "stop string is empty"),
+        (&["--json", "--logprobs", "21"], "logprobs is 21"),
+        (&["--stop-token", "999"], "stop token 999"),
+    ];
+    for (args, names) in cases {
+        assert_refused(&generate(&[&ids, args].concat()), names);
+    }
+}
+
+#[test]
+fn bad_prompts_are_refused_by_name() {
+    assert_refused(&generate(&["--prompt", ""]), "prompt is empty");
+    assert_refused(&generate(&[]), "prompt is empty");
+    assert_refused(&generate(&["--prompt-ids", ""]), "prompt is empty");
+    assert_refused(&generate(&["--prompt-ids", "2,x"]), "\"x\"");
+    assert_refused(&generate(&["--prompt-ids", "2,512"]), "512");
+    assert_refused(&generate(&["--prompt", "text"]), "tokenizer.json");
+    assert_refused(&generate(&["--prompts-file", "/no/such/file"]), "/no/such/file");
+    let long = vec!["5"; 130].join(",");
+    assert_refused(&generate(&["--prompt-ids", &long]), "context is 128");
+    let half = vec!["5"; 60].join(",");
+    assert_refused(&generate(&["--prompt-ids", &half, "--kv-cache", "32"]), "KV cache holds 32");
+    assert_refused(&generate(&["--prompt-ids", &half, "--max-new-tokens", "100"]), "context is 128");
+}
+
+#[test]
+fn standard_input_must_be_utf8() {
+    let model = model();
+    let args = ["generate", "--model", model.to_str().unwrap()];
+    let output = run_with_stdin(&args, b"good \xff bad");
+    assert_refused(&output, "standard input is not valid UTF-8 (byte 5)");
+}
+
+#[test]
+fn bad_checkpoints_and_devices_are_refused_by_name() {
+    let with_model = |dir: &Path, more: &[&str]| {
+        run(&[&["generate", "--prompt-ids", "2", "--model", dir.to_str().unwrap()], more].concat())
+    };
+    assert_refused(&with_model(Path::new("/no/such/folder"), &[]), "/no/such/folder");
+    let file = model().join("config.json");
+    assert_refused(&with_model(&file, &[]), "config.json");
+    let empty = tempfile::tempdir().unwrap();
+    assert_refused(&with_model(empty.path(), &[]), "config.json");
+    for name in ["fp16", "float16"] {
+        assert_refused(&with_model(&model(), &["--dtype", name]), "overflow float16");
+    }
+    assert_refused(&with_model(&model(), &["--dtype", "int3"]), "int3");
+    assert_refused(&with_model(&model(), &["--device", "tpu"]), "tpu");
+    assert_refused(&with_model(&model(), &["--kv-cache", "10GB"]), "10GB");
+    assert_refused(&with_model(&model(), &["--kv-cache", "400GiB"]), "are available");
+    assert_refused(&with_model(&model(), &["--page-size", "0"]), "page_size is 0");
+    assert_refused(&with_model(&model(), &["--log", "no=such=filter"]), "--log");
+}
+
+#[test]
+fn several_prompts_come_back_in_order_as_json() {
+    let output = generate(&[
+        "--prompt-ids",
+        "2,5,9",
+        "--prompt-ids",
+        "7",
+        "-n",
+        "4",
+        "--ignore-eos",
+        "--json",
+        "--logprobs",
+        "2",
+        "--temperature",
+        "1",
+    ]);
+    let lines = json_lines(&output);
+    assert_eq!(lines.len(), 2);
+    for (index, prompt) in [vec![2, 5, 9], vec![7]].into_iter().enumerate() {
+        let line = &lines[index];
+        assert_eq!(line["index"], index);
+        assert_eq!(line["prompt_token_ids"], serde_json::json!(prompt));
+        assert_eq!(line["token_ids"].as_array().unwrap().len(), 4);
+        assert_eq!(line["finish_reason"], "length");
+        assert_eq!(line["logprobs"][0]["top"].as_array().unwrap().len(), 2);
+        assert!(line["seed"].is_u64());
+    }
+}
+
+#[test]
+fn the_golden_values_are_reproduced_and_limits_decide_the_exit_code() {
+    let golden = model().join("golden.safetensors");
+    let verify = |more: &[&str]| {
+        let dir = model();
+        let args = ["verify", "--model", dir.to_str().unwrap(), "--golden", golden.to_str().unwrap()];
+        run(&[&args, more].concat())
+    };
+    let good = verify(&["--dtype", "f32", "--device", "reference", "--max-abs", "1e-3", "--greedy", "--json"]);
+    let report = &json_lines(&good)[0];
+    assert_eq!(report["greedy_equal"], true);
+    assert_eq!(report["prompts"].as_array().unwrap().len(), 8);
+    assert_eq!(report["prompts"][3]["hidden"].as_array().unwrap().len(), 5);
+    let beyond = verify(&["--dtype", "bf16", "--max-abs", "1e-3"]);
+    assert_eq!(beyond.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&beyond.stderr).contains("max abs"));
+    assert!(!beyond.stdout.is_empty());
+    let other = tempfile::tempdir().unwrap();
+    let file = other.path().join("bad.safetensors");
+    std::fs::write(&file, b"not a safetensors file").unwrap();
+    let dir = model();
+    let bad = run(&["verify", "--model", dir.to_str().unwrap(), "--golden", file.to_str().unwrap()]);
+    assert_refused(&bad, "bad.safetensors");
+}
+
+#[test]
+fn inspect_says_what_is_there() {
+    let dir = model();
+    let args = ["inspect", "--check", "--json", "--model", dir.to_str().unwrap()];
+    let summary = &json_lines(&run(&args))[0];
+    assert_eq!(summary["parameters"], 345_696);
+    assert_eq!(summary["finite"], true);
+    assert_eq!(summary["layers"].as_array().unwrap().len(), 2);
+    let text = run(&["inspect", "--model", dir.to_str().unwrap()]);
+    assert!(String::from_utf8(text.stdout).unwrap().contains("2 x window 8"));
+}
+
+#[test]
+fn a_reader_that_has_enough_is_no_error() {
+    let dir = model();
+    let mut args = vec!["generate", "--json", "--ignore-eos", "--model", dir.to_str().unwrap()];
+    args.extend(["--prompt-ids", "2"].repeat(50));
+    let mut child = command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_keeps_what_was_generated() {
+    let dir = support::model_with(|config| config["max_position_embeddings"] = 200_000.into());
+    let args = [
+        "generate",
+        "--model",
+        dir.path().to_str().unwrap(),
+        "--device",
+        "reference",
+        "--kv-cache",
+        "200000",
+        "--prompt-ids",
+        "2,5",
+        "-n",
+        "190000",
+        "--ignore-eos",
+        "--json",
+        "--log",
+        "info",
+    ];
+    let mut child = command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("loaded") {
+        line.clear();
+        assert!(log.read_line(&mut line).unwrap() > 0, "it ended before it had loaded");
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    let line: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(line["finish_reason"], "cancelled");
+    let tokens = line["token_ids"].as_array().unwrap().len();
+    assert!(tokens > 0 && tokens < 190_000, "{tokens} tokens");
+}
+
+#[test]
+fn text_comes_from_standard_input_a_file_and_the_command_line() {
+    let dir = support::model_with_text();
+    let model = dir.path().to_str().unwrap();
+    let args = ["generate", "--model", model, "-n", "8", "--ignore-eos", "--json"];
+    let stdin = json_lines(&run_with_stdin(&args, b"hello\n"));
+    let option = json_lines(&run(&[&args[..], &["--prompt", "hello"]].concat()));
+    assert_eq!(stdin[0]["prompt_token_ids"], option[0]["prompt_token_ids"]);
+    assert_eq!(stdin[0]["text"], option[0]["text"]);
+    assert_eq!(stdin[0]["prompt_token_ids"].as_array().unwrap().len(), 6);
+
+    let file = dir.path().join("prompts.txt");
+    std::fs::write(&file, "hello\n\nworld\n").unwrap();
+    let lines = json_lines(&run(&[&args[..], &["--prompts-file", file.to_str().unwrap()]].concat()));
+    assert_eq!(lines.len(), 2);
+    assert_eq!(lines[0]["text"], option[0]["text"]);
+
+    let plain = run(&["generate", "--model", model, "-n", "8", "--ignore-eos", "--prompt", "hello"]);
+    assert_eq!(String::from_utf8(plain.stdout).unwrap(), format!("{}\n", option[0]["text"].as_str().unwrap()));
+}
+
+#[test]
+fn chat_reads_lines_and_obeys_its_commands() {
+    let dir = support::model_with_text();
+    let args = ["chat", "--model", dir.path().to_str().unwrap(), "-n", "4", "--greedy"];
+    let said_once = run_with_stdin(&args, b"hi\n");
+    assert_eq!(said_once.status.code(), Some(0), "{}", String::from_utf8_lossy(&said_once.stderr));
+    let once = String::from_utf8(said_once.stdout).unwrap();
+    let twice = run_with_stdin(&args, b"hi\n/reset\nhi\n/nonsense\n/exit\nnever said\n");
+    assert_eq!(String::from_utf8(twice.stdout).unwrap(), once.repeat(2));
+    assert!(String::from_utf8(twice.stderr).unwrap().contains("no command /nonsense"));
+    assert_refused(&run_with_stdin(&args, b"\xff\n"), "not valid UTF-8");
+
+    let mute = model();
+    assert_refused(&run(&["chat", "--model", mute.to_str().unwrap()]), "no chat template");
+}
+
+#[test]
+fn eval_measures_a_text() {
+    let dir = support::model_with_text();
+    let args = ["eval", "--model", dir.path().to_str().unwrap(), "--window", "8", "--json"];
+    let result = &json_lines(&run_with_stdin(&args, b"some words to predict"))[0];
+    assert_eq!(result["tokens"], 21);
+    assert_eq!(result["windows"], 3);
+    let (nll, perplexity) = (result["nll"].as_f64().unwrap(), result["perplexity"].as_f64().unwrap());
+    assert!((perplexity - (nll / 21.0).exp()).abs() < 1e-9 * perplexity);
+    assert_refused(&run_with_stdin(&args, b""), "empty");
+    let wide = ["eval", "--model", dir.path().to_str().unwrap(), "--window", "129"];
+    assert_refused(&run_with_stdin(&wide, b"text"), "between 2 and 128");
+}

@@ -1,0 +1,266 @@
+// The engine on random models: however the work is cut - whole, in chunks, ragged beside others, with any page size,
+// on pages taken over from another sequence - the logits are the same, bit for bit; and bad calls change nothing.
+#include <algorithm>
+
+#include "check.h"
+#include "core/engine.h"
+
+using namespace gemma_cuda;
+
+namespace {
+
+ModelSpec random_model(int family) {
+  ModelSpec spec;
+  spec.vocab_size = 61;
+  spec.hidden_size = 40;
+  spec.ffn_size = 72;
+  spec.max_positions = 64;
+  spec.final_soft_cap = family == 2 ? 10.0f : 0.0f;
+  spec.tied_embeddings = family != 1;
+  for (uint32_t i = 0; i < 3; ++i) {
+    LayerSpec layer;
+    layer.heads = 4;
+    layer.kv_heads = 1u << test::below(3);
+    layer.head_dim = 2 * (1 + test::below(24));
+    layer.window = family == 1 || i == 1 ? 0 : 6;
+    layer.rope_factor = family == 3 && i == 1 ? 8.0 : 1.0;
+    layer.attention_scale = 0.3f;
+    layer.attention_soft_cap = family == 2 ? 4.0f : 0.0f;
+    layer.post_norms = family != 1;
+    layer.qk_norm = family == 3;
+    spec.layers.push_back(layer);
+  }
+  return spec;
+}
+
+using Parameters = std::vector<std::pair<TensorSlot, std::vector<float>>>;
+
+Parameters random_parameters(const ModelSpec& spec) {
+  Parameters out;
+  for (const TensorSlot& slot : tensor_table(spec)) {
+    size_t count = 1;
+    for (uint64_t extent : slot.shape) count *= extent;
+    out.emplace_back(slot, test::normal(count, 0.3f));
+  }
+  return out;
+}
+
+std::span<const uint8_t> bytes_of(const std::vector<float>& values) {
+  return {reinterpret_cast<const uint8_t*>(values.data()), values.size() * sizeof(float)};
+}
+
+std::unique_ptr<Engine> make_engine(const ModelSpec& spec, const Parameters& parameters, EngineOptions options) {
+  options.device = "reference";
+  options.threads = 2;
+  auto engine = std::make_unique<Engine>(spec, options);
+  for (const auto& [slot, values] : parameters)
+    engine->load_tensor(slot.name, DType::f32, slot.shape, bytes_of(values));
+  engine->finish_loading();
+  return engine;
+}
+
+std::vector<uint32_t> random_tokens(const ModelSpec& spec, uint32_t count) {
+  std::vector<uint32_t> out(count);
+  for (uint32_t& token : out) token = test::below(spec.vocab_size);
+  return out;
+}
+
+StepItem want_logits(uint32_t sequence, uint32_t tokens) { return {sequence, tokens, false, false, true, false}; }
+
+std::vector<float> whole(Engine& engine, const std::vector<uint32_t>& tokens) {
+  const uint32_t id = engine.add_sequence(tokens, 1, {}, false);
+  const StepItem item = want_logits(id, static_cast<uint32_t>(tokens.size()));
+  std::vector<float> logits = engine.step({&item, 1})[0].logits;
+  engine.remove_sequence(id);
+  return logits;
+}
+
+std::vector<float> chunked(Engine& engine, const std::vector<uint32_t>& tokens, uint32_t chunk) {
+  const uint32_t id = engine.add_sequence(tokens, 1, {}, false);
+  std::vector<float> logits;
+  for (uint32_t left = static_cast<uint32_t>(tokens.size()); left > 0;) {
+    const StepItem item = want_logits(id, std::min(chunk, left));
+    const std::vector<float> part = engine.step({&item, 1})[0].logits;
+    logits.insert(logits.end(), part.begin(), part.end());
+    left -= item.tokens;
+  }
+  engine.remove_sequence(id);
+  return logits;
+}
+
+// All sequences at once, each advanced by random amounts.
+std::vector<std::vector<float>> ragged(Engine& engine, const std::vector<std::vector<uint32_t>>& prompts) {
+  std::vector<uint32_t> ids, left;
+  std::vector<std::vector<float>> logits(prompts.size());
+  for (const auto& tokens : prompts) {
+    ids.push_back(engine.add_sequence(tokens, 1, {}, false));
+    left.push_back(static_cast<uint32_t>(tokens.size()));
+  }
+  while (std::ranges::any_of(left, [](uint32_t n) { return n > 0; })) {
+    std::vector<StepItem> items;
+    std::vector<size_t> who;
+    for (size_t i = 0; i < prompts.size(); ++i)
+      if (left[i] > 0 && test::below(3) > 0) {
+        items.push_back(want_logits(ids[i], 1 + test::below(std::min(left[i], 9u))));
+        who.push_back(i);
+      }
+    if (items.empty()) continue;
+    const std::vector<ItemOutput> outputs = engine.step(items);
+    for (size_t k = 0; k < items.size(); ++k) {
+      logits[who[k]].insert(logits[who[k]].end(), outputs[k].logits.begin(), outputs[k].logits.end());
+      left[who[k]] -= items[k].tokens;
+    }
+  }
+  for (uint32_t id : ids) engine.remove_sequence(id);
+  return logits;
+}
+
+void cutting_changes_nothing(int family, DType compute) {
+  const ModelSpec spec = random_model(family);
+  const Parameters parameters = random_parameters(spec);
+  std::vector<std::vector<uint32_t>> prompts;
+  for (uint32_t length : {1u, 2u, 5u, 13u, 40u}) prompts.push_back(random_tokens(spec, length));
+
+  std::vector<std::vector<float>> first;
+  for (uint32_t page_size : {1u, 3u, 16u, 64u}) {
+    EngineOptions options;
+    options.compute = compute;
+    options.weights = compute;
+    options.page_size = page_size;
+    options.pages = 64;
+    const auto engine = make_engine(spec, parameters, options);
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      const std::vector<float> logits = whole(*engine, prompts[i]);
+      CHECK(std::ranges::all_of(logits, [](float x) { return std::isfinite(x); }));
+      if (page_size == 1) first.push_back(logits);
+      CHECK(logits == first[i]);
+      for (uint32_t chunk = 1; chunk <= 7; ++chunk) CHECK(chunked(*engine, prompts[i], chunk) == first[i]);
+    }
+    CHECK(ragged(*engine, prompts) == first);
+    CHECK(engine->free_pages() == options.pages);
+  }
+}
+
+void a_reused_prefix_changes_nothing() {
+  const ModelSpec spec = random_model(3);
+  EngineOptions options;
+  options.compute = options.weights = DType::f32;
+  options.page_size = 4;
+  const auto engine = make_engine(spec, random_parameters(spec), options);
+  const std::vector<uint32_t> tokens = random_tokens(spec, 23);
+  const std::vector<float> fresh = whole(*engine, tokens);
+  const uint32_t id = engine->add_sequence(tokens, 1, {}, true);
+  CHECK(engine->sequence_state(id).cached == 20);
+  const StepItem item = want_logits(id, 3);
+  const std::vector<float> logits = engine->step({&item, 1})[0].logits;
+  CHECK(std::equal(logits.begin(), logits.end(), fresh.end() - static_cast<std::ptrdiff_t>(logits.size())));
+}
+
+void scores_and_samples_agree_with_logits() {
+  const ModelSpec spec = random_model(2);
+  EngineOptions options;
+  options.compute = options.weights = DType::f32;
+  const auto engine = make_engine(spec, random_parameters(spec), options);
+  const std::vector<uint32_t> tokens = random_tokens(spec, 9);
+  SamplingConfig greedy;
+  greedy.top_logprobs = 3;
+  const uint32_t id = engine->add_sequence(tokens, 9, greedy, false);
+  const StepItem item{id, 9, true, true, true, false};
+  const ItemOutput out = engine->step({&item, 1})[0];
+  CHECK(out.scored.size() == 8 && out.sampled.size() == 1);
+  for (uint32_t row = 0; row < 9; ++row) {
+    const std::span<const float> logits(out.logits.data() + row * spec.vocab_size, spec.vocab_size);
+    double mass = 0;
+    for (float x : logits) mass += std::exp(double(x));
+    const ScoredToken& token = row < 8 ? out.scored[row] : out.sampled[0];
+    CHECK(row == 8 || token.token == tokens[row + 1]);
+    CHECK(std::abs(token.logprob - (logits[token.token] - std::log(mass))) < 1e-4);
+    CHECK(token.top.size() == 3);
+    CHECK(token.top[0].token == static_cast<uint32_t>(std::ranges::max_element(logits) - logits.begin()));
+    if (row == 8) CHECK(token.token == token.top[0].token);
+  }
+  CHECK(engine->sequence_state(id).tokens == 10 && engine->sequence_state(id).cached == 9);
+}
+
+void bad_calls_are_refused_and_change_nothing() {
+  const ModelSpec spec = random_model(3);
+  const Parameters parameters = random_parameters(spec);
+  EngineOptions options;
+  options.compute = options.weights = DType::f32;
+  options.page_size = 4;
+  options.pages = 3;
+  options.max_sequences = 2;
+  options.max_batch_tokens = 16;
+  options.max_logit_rows = 4;
+  Engine empty(spec, options);
+  const uint32_t token = 1;
+  const uint32_t waiting = empty.add_sequence({&token, 1}, 1, {}, true);
+  const StepItem early{waiting, 1};
+  test::check_throws("finish_loading", [&] { empty.step({&early, 1}); });
+  test::check_throws("is missing", [&] { empty.finish_loading(); });
+  const auto& [slot, values] = parameters[1];
+  test::check_throws("is not one of",
+                     [&] { empty.load_tensor("model.nothing", DType::f32, slot.shape, bytes_of(values)); });
+  const std::vector<uint64_t> wrong{7, 7};
+  test::check_throws("[7, 7]", [&] { empty.load_tensor(slot.name, DType::f32, wrong, bytes_of(values)); });
+  test::check_throws("bytes", [&] { empty.load_tensor(slot.name, DType::bf16, slot.shape, bytes_of(values)); });
+  empty.load_tensor(slot.name, DType::f32, slot.shape, bytes_of(values));
+  test::check_throws("before", [&] { empty.load_tensor(slot.name, DType::f32, slot.shape, bytes_of(values)); });
+
+  const auto engine = make_engine(spec, parameters, options);
+  const std::vector<uint32_t> tokens = random_tokens(spec, 14), outside{spec.vocab_size};
+  test::check_throws("outside the embedding", [&] { engine->add_sequence(outside, 1, {}, true); });
+  test::check_throws("at least one", [&] { engine->add_sequence({}, 0, {}, true); });
+  test::check_throws("longer than", [&] { engine->add_sequence(random_tokens(spec, 65), 1, {}, true); });
+  const uint32_t a = engine->add_sequence(tokens, 14, {}, true), b = engine->add_sequence(tokens, 14, {}, true);
+  test::check_throws("are taken", [&] { engine->add_sequence(tokens, 14, {}, true); });
+  auto refused = [&](const std::string& text, std::vector<StepItem> items) {
+    test::check_throws(text, [&] { engine->step(items); });
+    CHECK(engine->free_pages() == 3 && engine->sequence_state(a).cached == 0);
+  };
+  refused("at least one", {});
+  refused("no sequence 9", {{9, 1}});
+  refused("no token", {{a, 0}});
+  refused("not cached yet", {{a, 15}});
+  refused("after its last", {{a, 3, true}});
+  refused("twice", {{a, 1}, {a, 1}});
+  refused("tokens, the engine", {{a, 12}, {b, 12}});
+  refused("rows of logits", {{a, 5, false, true}});
+  refused("out_of_pages", {{a, 14}});
+  const StepItem fits{a, 12};
+  engine->step({&fits, 1});
+  CHECK(engine->free_pages() == 0 && engine->pages_for(a, 2) == 1);
+  engine->remove_sequence(a);
+  engine->remove_sequence(b);
+  test::check_throws("no sequence", [&] { engine->remove_sequence(a); });
+  CHECK(engine->free_pages() == 3);
+}
+
+void bad_models_and_options_are_refused() {
+  auto refused = [](const std::string& text, auto change) {
+    ModelSpec spec = random_model(3);
+    EngineOptions options;
+    change(spec, options);
+    test::check_throws(text, [&] { Engine engine(spec, options); });
+  };
+  refused("kv_heads", [](ModelSpec& spec, EngineOptions&) { spec.layers[1].kv_heads = 3; });
+  refused("odd", [](ModelSpec& spec, EngineOptions&) { spec.layers[0].head_dim = 7; });
+  refused("layers", [](ModelSpec& spec, EngineOptions&) { spec.layers.clear(); });
+  refused("rope_theta", [](ModelSpec& spec, EngineOptions&) { spec.layers[0].rope_theta = NAN; });
+  refused("hidden_size", [](ModelSpec& spec, EngineOptions&) { spec.hidden_size = 0; });
+  refused("f16", [](ModelSpec&, EngineOptions& options) { options.compute = DType::f16; });
+  refused("page_size", [](ModelSpec&, EngineOptions& options) { options.page_size = 0; });
+  refused("2^32", [](ModelSpec&, EngineOptions& options) { options.page_size = options.pages = 1 << 20; });
+  refused("abacus", [](ModelSpec&, EngineOptions& options) { options.device = "abacus"; });
+}
+
+}  // namespace
+
+int main() {
+  for (int family : {1, 2, 3})
+    for (DType compute : {DType::f32, DType::bf16}) cutting_changes_nothing(family, compute);
+  a_reused_prefix_changes_nothing();
+  scores_and_samples_agree_with_logits();
+  bad_calls_are_refused_and_change_nothing();
+  bad_models_and_options_are_refused();
+}
