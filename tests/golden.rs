@@ -6,8 +6,19 @@ use std::path::PathBuf;
 use gemma_cuda::verify::{Report, Tolerance, verify};
 use gemma_cuda::{ComputeType, LoadOptions};
 
-const MODELS: [&str; 6] =
-    ["gemma1-legacy-gelu", "gemma1-mha", "gemma1-mqa", "gemma2-gqa", "gemma2-hd256", "gemma3-mqa"];
+const MODELS: [&str; 11] = [
+    "gemma1-gqa-f16",
+    "gemma1-legacy-gelu",
+    "gemma1-mha",
+    "gemma1-mqa",
+    "gemma1-sharded",
+    "gemma2-gqa",
+    "gemma2-hd256",
+    "gemma2-untied",
+    "gemma3-gqa-ropescale",
+    "gemma3-mqa",
+    "gemma3-nested",
+];
 
 fn dir(model: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "tests/golden/tiny", model].iter().collect()

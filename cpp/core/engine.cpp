@@ -84,6 +84,13 @@ struct Engine::State {
     return static_cast<uint32_t>((uint64_t{sequence.cached} + tokens + size - 1) / size - sequence.pages.size());
   }
 
+  // Pages taken for a step that failed.
+  void give_back_unused(Sequence& sequence) {
+    const uint32_t used = (sequence.cached + pages.page_size() - 1) / pages.page_size();
+    pages.release(std::span(sequence.pages).subspan(used));
+    sequence.pages.resize(used);
+  }
+
   ModelSpec spec;
   EngineOptions options;
   std::unique_ptr<Backend> backend;
@@ -227,13 +234,18 @@ std::vector<ItemOutput> Engine::step(std::span<const StepItem> items) {
     for (uint32_t n = s.new_pages(sequence, item.tokens); n > 0; --n) sequence.pages.push_back(s.pages.take());
     plan_items.push_back({&sequence, item.tokens, logit_rows(item)});
   }
-  const BatchPlan plan = make_plan(plan_items, s.pages.page_size());
-  const bool keep_hidden = std::ranges::any_of(items, &StepItem::hidden);
-  std::vector<std::vector<float>> hidden;
-  const float* logits = s.forward.run(plan, keep_hidden ? &hidden : nullptr);
-  std::vector<ItemOutput> out = collect(items, plan, logits, hidden);
-  commit(items, out);
-  return out;
+  try {
+    const BatchPlan plan = make_plan(plan_items, s.pages.page_size());
+    const bool keep_hidden = std::ranges::any_of(items, &StepItem::hidden);
+    std::vector<std::vector<float>> hidden;
+    const float* logits = s.forward.run(plan, keep_hidden ? &hidden : nullptr);
+    std::vector<ItemOutput> out = collect(items, plan, logits, hidden);
+    commit(items, out);
+    return out;
+  } catch (...) {
+    for (const StepItem& item : items) s.give_back_unused(s.sequence(item.sequence));
+    throw;
+  }
 }
 
 // Samples, scores and copies what the items ask for.

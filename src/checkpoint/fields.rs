@@ -34,9 +34,9 @@ impl<'a> Fields<'a> {
     }
 
     fn wrong(&self, name: &str, wanted: &str) -> Error {
-        let mut value = self.map[name].to_string();
-        if value.len() > 60 {
-            value.truncate(value.floor_char_boundary(60));
+        let whole = self.map[name].to_string();
+        let mut value: String = whole.chars().take(60).collect();
+        if value.len() < whole.len() {
             value.push('…');
         }
         self.error(format!("`{name}` is {value}, which is not {wanted}"))

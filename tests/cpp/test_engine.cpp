@@ -236,6 +236,25 @@ void bad_calls_are_refused_and_change_nothing() {
   CHECK(engine->free_pages() == 3);
 }
 
+void a_failed_step_gives_its_pages_back() {
+  const ModelSpec spec = random_model(1);
+  Parameters parameters = random_parameters(spec);
+  std::ranges::fill(parameters.back().second, NAN);  // the output embedding: every logit is NaN
+  EngineOptions options;
+  options.compute = options.weights = DType::f32;
+  const auto engine = make_engine(spec, parameters, options);
+  const uint32_t id = engine->add_sequence(random_tokens(spec, 40), 40, {}, false);
+  bool thrown = false;
+  try {
+    const StepItem item{id, 40, true};
+    engine->step({&item, 1});
+  } catch (const std::exception&) {
+    thrown = true;
+  }
+  CHECK(thrown && engine->free_pages() == options.pages && engine->sequence_state(id).cached == 0);
+  CHECK(engine->pages_for(id, 1) == 1);
+}
+
 void bad_models_and_options_are_refused() {
   auto refused = [](const std::string& text, auto change) {
     ModelSpec spec = random_model(3);
@@ -262,5 +281,6 @@ int main() {
   a_reused_prefix_changes_nothing();
   scores_and_samples_agree_with_logits();
   bad_calls_are_refused_and_change_nothing();
+  a_failed_step_gives_its_pages_back();
   bad_models_and_options_are_refused();
 }
