@@ -2,10 +2,11 @@
 """Golden data for the tests, computed by Hugging Face transformers (float32, eager attention).
 
     make.py tiny OUT [CASE...]   write random-weight checkpoints and their goldens to OUT/CASE/
-    make.py check                regenerate every case and compare it byte for byte with tiny/
+    make.py check [--exact]      regenerate every case and compare it with tiny/
     make.py real MODEL_DIR OUT   goldens of Gemma 3 270M for the prompts of gemma3_270m/golden.json
 
-See README.md for the layout of the files. Byte-equality holds for the versions in requirements.txt.
+See README.md for the layout of the files. Configurations and weights are reproducible to the byte under the versions
+in requirements.txt; the goldens' last bits also depend on the CPU, whose kernels decide the order of sums.
 """
 import argparse
 import filecmp
@@ -27,6 +28,7 @@ VERSIONS = {"python": sys.version.split()[0], "torch": torch.__version__, "trans
 
 MIN_MARGIN = 0.004  # top-1 over top-2 at every greedy step: some 100 times the float32 noise
 SEARCH_STEPS = 32   # greedy steps over which a seed must keep that margin
+CPU_NOISE = 1e-4    # float32 goldens of two CPUs differ by less (5e-5 seen), and tests allow 1e-3
 HIDDEN_PROMPT = 3   # nine tokens, one more than the sliding window: the prompt with hidden states
 
 # ---------------------------------------------------------------------------------------------- cases
@@ -75,10 +77,10 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {c.name: c for c in [
     Case("gemma1-mqa", 0, GEMMA1, F32),
     Case("gemma1-mha", 1, GEMMA1 | {"num_key_value_heads": 4, "hidden_size": 96}, BF16),
-    Case("gemma1-gqa-f16", 2, GEMMA1 | {"num_key_value_heads": 2}, F16, steps=8),
+    Case("gemma1-gqa-f16", 2, GEMMA1 | {"num_key_value_heads": 2}, F16, steps=6),
     # The first Gemma 1 configurations say "gelu" and mean the tanh form all the same.
     Case("gemma1-legacy-gelu", 4, GEMMA1 | {"hidden_act": "gelu", "hidden_activation": None}, BF16),
-    Case("gemma1-sharded", 5, GEMMA1, BF16, steps=8, shards=2),
+    Case("gemma1-sharded", 5, GEMMA1, BF16, steps=6, shards=2),
     Case("gemma2-gqa", 6, GEMMA2, BF16),
     Case("gemma2-hd256", 7, GEMMA2 | {
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256,
@@ -86,9 +88,9 @@ CASES = {c.name: c for c in [
     Case("gemma3-mqa", 8, GEMMA3, BF16),
     Case("gemma3-gqa-ropescale", 9, GEMMA3 | {
         "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16,
-        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}, BF16, steps=8),
-    Case("gemma3-nested", 10, GEMMA3, BF16, steps=8, nested=True),
-    Case("gemma2-untied", 11, GEMMA2 | {"tie_word_embeddings": False}, BF16, steps=8),
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}, BF16, steps=6),
+    Case("gemma3-nested", 10, GEMMA3, BF16, steps=6, nested=True),
+    Case("gemma2-untied", 11, GEMMA2 | {"tie_word_embeddings": False}, BF16, steps=6),
 ]}
 
 # Keys a nested text_config omits as the published multimodal ones do: a reader must know the defaults.
@@ -343,19 +345,37 @@ def make_tiny(case, folder):
     print(f"{case.name:22} seed {seed}, margin {margin:.4f}, noise {noise['float64']:.1e}", flush=True)
 
 
-def check():
-    """golden.json is left out: it records the Python version, and its tables are for people."""
-    failures = []
+def difference(made, kept):
+    """None where two golden.safetensors differ in more than float values, else their largest difference."""
+    a, b = load_file(made), load_file(kept)
+    if {k: (v.shape, v.dtype) for k, v in a.items()} != {k: (v.shape, v.dtype) for k, v in b.items()}:
+        return None
+    if not all(torch.equal(a[k], b[k]) for k in a if not a[k].is_floating_point()):
+        return None
+    return max(float((a[k] - b[k]).abs().max()) for k in a if a[k].is_floating_point())
+
+
+def check(exact):
+    """Byte for byte, save that golden.safetensors may be off by CPU_NOISE unless `exact`.
+    golden.json is left out: it records the Python version, and its tables are for people."""
+    identical, failed = 0, 0
     with tempfile.TemporaryDirectory() as tmp:
         for case in CASES.values():
-            make_tiny(case, Path(tmp, case.name))
             made, kept = Path(tmp, case.name), HERE / "tiny" / case.name
+            make_tiny(case, made)
             for name in sorted({p.name for d in (made, kept) if d.is_dir() for p in d.iterdir()} - {"golden.json"}):
                 a, b = made / name, kept / name
-                if not (a.exists() and b.exists() and filecmp.cmp(a, b, shallow=False)):
-                    failures.append(f"{case.name}/{name}")
-    print("\n".join(f"differs: {f}" for f in failures) or "all files are byte-identical")
-    return 1 if failures else 0
+                both = a.exists() and b.exists()
+                if both and filecmp.cmp(a, b, shallow=False):
+                    identical += 1
+                    continue
+                off = difference(a, b) if both and name == "golden.safetensors" else None
+                tolerated = not exact and off is not None and off < CPU_NOISE
+                failed += not tolerated
+                print(f"{'tolerated' if tolerated else 'FAILED'}: {case.name}/{name}: "
+                      + (f"floats off by {off:.1e}" if off is not None else "differs" if both else "on one side only"))
+    print(f"{identical} files byte-identical, {failed} failed")
+    return 1 if failed else 0
 
 
 # ---------------------------------------------------------------------------------------------- Gemma 3 270M
@@ -395,7 +415,8 @@ def main():
     tiny = commands.add_parser("tiny")
     tiny.add_argument("out", type=Path)
     tiny.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all by default")
-    commands.add_parser("check")
+    checking = commands.add_parser("check")
+    checking.add_argument("--exact", action="store_true", help="tolerate no float noise: for the CPU that made tiny/")
     real = commands.add_parser("real")
     real.add_argument("model_dir", type=Path)
     real.add_argument("out", type=Path)
@@ -407,10 +428,10 @@ def main():
     transformers.logging.disable_progress_bar()
     if args.command == "real":
         return make_real(args.model_dir, args.out)
-    torch.set_num_threads(1)  # the order of sums, hence the bytes, must not depend on the machine's cores
+    torch.set_num_threads(1)  # the order of sums, hence the bytes, must not depend on the number of cores
     torch.use_deterministic_algorithms(True)
     if args.command == "check":
-        return check()
+        return check(args.exact)
     if unknown := set(args.cases) - set(CASES):
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
     for name in args.cases or CASES:
