@@ -77,10 +77,10 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {c.name: c for c in [
     Case("gemma1-mqa", 0, GEMMA1, F32),
     Case("gemma1-mha", 1, GEMMA1 | {"num_key_value_heads": 4, "hidden_size": 96}, BF16),
-    Case("gemma1-gqa-f16", 2, GEMMA1 | {"num_key_value_heads": 2}, F16, steps=6),
+    Case("gemma1-gqa-f16", 2, GEMMA1 | {"num_key_value_heads": 2}, F16, steps=8),
     # The first Gemma 1 configurations say "gelu" and mean the tanh form all the same.
     Case("gemma1-legacy-gelu", 4, GEMMA1 | {"hidden_act": "gelu", "hidden_activation": None}, BF16),
-    Case("gemma1-sharded", 5, GEMMA1, BF16, steps=6, shards=2),
+    Case("gemma1-sharded", 5, GEMMA1, BF16, steps=8, shards=2),
     Case("gemma2-gqa", 6, GEMMA2, BF16),
     Case("gemma2-hd256", 7, GEMMA2 | {
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256,
@@ -88,9 +88,9 @@ CASES = {c.name: c for c in [
     Case("gemma3-mqa", 8, GEMMA3, BF16),
     Case("gemma3-gqa-ropescale", 9, GEMMA3 | {
         "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16,
-        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}, BF16, steps=6),
-    Case("gemma3-nested", 10, GEMMA3, BF16, steps=6, nested=True),
-    Case("gemma2-untied", 11, GEMMA2 | {"tie_word_embeddings": False}, BF16, steps=6),
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}, BF16, steps=8),
+    Case("gemma3-nested", 10, GEMMA3, BF16, steps=8, nested=True),
+    Case("gemma2-untied", 11, GEMMA2 | {"tie_word_embeddings": False}, BF16, steps=8),
 ]}
 
 # Keys a nested text_config omits as the published multimodal ones do: a reader must know the defaults.
