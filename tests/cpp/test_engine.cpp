@@ -198,7 +198,8 @@ void bad_calls_are_refused_and_change_nothing() {
   const StepItem early{waiting, 1};
   test::check_throws("finish_loading", [&] { empty.step({&early, 1}); });
   test::check_throws("is missing", [&] { empty.finish_loading(); });
-  const auto& [slot, values] = parameters[1];
+  const TensorSlot& slot = parameters[1].first;
+  const std::vector<float>& values = parameters[1].second;
   test::check_throws("is not one of",
                      [&] { empty.load_tensor("model.nothing", DType::f32, slot.shape, bytes_of(values)); });
   const std::vector<uint64_t> wrong{7, 7};
