@@ -307,9 +307,8 @@ void rope_row(const RopeArgs& args, DType act, uint32_t row) {
 }
 
 void soft_cap(float* x, size_t count, float cap) {
-  for_lanes(static_cast<uint32_t>(count), [&](uint32_t i, uint32_t n) {
-    store_run(x + i, cap * tanh(load_run(x + i, n) / cap), n);
-  });
+  for_lanes(static_cast<uint32_t>(count),
+            [&](uint32_t i, uint32_t n) { store_run(x + i, cap * tanh(load_run(x + i, n) / cap), n); });
 }
 
 float max(const float* x, size_t count) {
