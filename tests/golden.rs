@@ -3,6 +3,8 @@
 
 use std::path::PathBuf;
 
+use gemma_cuda::checkpoint::Checkpoint;
+use gemma_cuda::engine::{DType, Engine, EngineOptions, SamplingConfig, StepItem};
 use gemma_cuda::verify::{Report, Tolerance, verify};
 use gemma_cuda::{ComputeType, LoadOptions};
 
@@ -67,19 +69,130 @@ fn reference_noise(model: &str) -> f64 {
     golden["rounding_noise_max_abs"]["bfloat16"].as_f64().unwrap()
 }
 
+/// However prompts are cut into chunks, laid over pages and put together in steps, the logits are the reference's.
 #[test]
-fn small_pages_and_chunks_change_nothing() {
-    let chunks = LoadOptions {
+fn no_cut_changes_the_logits() {
+    for model in MODELS {
+        let checkpoint = Checkpoint::open(&dir(model)).unwrap();
+        let golden = golden_prompts(model);
+        let tokens: usize = golden.iter().map(|prompt| prompt.tokens.len()).sum();
+        for page_size in [1, 3, 16] {
+            let mut engine = engine(&checkpoint, page_size, tokens as u32);
+            for prompt in &golden {
+                feed_together(&mut engine, std::slice::from_ref(prompt), usize::MAX, model);
+            }
+            for chunk in [1, 2, 3, 4, 5, 6, 7, usize::MAX] {
+                feed_together(&mut engine, &golden, chunk, model);
+            }
+        }
+    }
+}
+
+/// Greedy generation in one ragged batch: prompts are fed whole in the first step, then all decode together.
+#[test]
+fn a_ragged_batch_generates_the_reference_tokens() {
+    for model in MODELS {
+        let checkpoint = Checkpoint::open(&dir(model)).unwrap();
+        let golden = golden_prompts(model);
+        let mut engine = engine(&checkpoint, 3, 512);
+        let greedy = SamplingConfig::default();
+        let mut add = |prompt: &GoldenPrompt| {
+            let ids = &prompt.tokens[..prompt.prompt];
+            engine.add_sequence(ids, ids.len() as u32, &greedy, false).unwrap()
+        };
+        let sequences: Vec<u32> = golden.iter().map(&mut add).collect();
+        let mut generated = vec![Vec::new(); golden.len()];
+        for step in 0..golden[0].greedy.len() {
+            let item = |(&sequence, prompt): (&u32, &GoldenPrompt)| {
+                let tokens = if step == 0 { prompt.prompt as u32 } else { 1 };
+                StepItem { sample: true, ..StepItem::feed(sequence, tokens) }
+            };
+            let items: Vec<StepItem> = sequences.iter().zip(&golden).map(item).collect();
+            for (output, generated) in engine.step(&items).unwrap().iter().zip(&mut generated) {
+                generated.push(output.sampled[0].token);
+            }
+        }
+        for (prompt, generated) in golden.iter().zip(&generated) {
+            assert_eq!(generated, &prompt.greedy, "{model}, prompt of {}", prompt.prompt);
+        }
+    }
+}
+
+struct GoldenPrompt {
+    /// The prompt and all that was generated after it but the last.
+    tokens: Vec<u32>,
+    /// Tokens of the prompt.
+    prompt: usize,
+    greedy: Vec<u32>,
+    /// `[tokens, VOCAB]`
+    logits: Vec<f32>,
+}
+
+const VOCAB: usize = 512;
+
+fn golden_prompts(model: &str) -> Vec<GoldenPrompt> {
+    let file = std::fs::read(dir(model).join("golden.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let ids = |name: String| -> Vec<u32> {
+        let (values, _) = tensors.tensor(&name).unwrap().data().as_chunks::<8>();
+        values.iter().map(|bytes| i64::from_le_bytes(*bytes) as u32).collect()
+    };
+    let prompt = |i: usize| {
+        let (prompt, greedy) = (ids(format!("p{i}.ids")), ids(format!("p{i}.greedy")));
+        let (logits, _) = tensors.tensor(&format!("p{i}.logits")).unwrap().data().as_chunks::<4>();
+        let logits = logits.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        GoldenPrompt { tokens: [&prompt, &greedy[..greedy.len() - 1]].concat(), prompt: prompt.len(), greedy, logits }
+    };
+    (0..8).map(prompt).collect()
+}
+
+fn engine(checkpoint: &Checkpoint, page_size: u32, max_batch_tokens: u32) -> Engine {
+    assert_eq!(checkpoint.spec().vocab_size as usize, VOCAB);
+    let options = EngineOptions {
         device: "reference".into(),
-        compute: ComputeType::F32,
-        page_size: 3,
-        max_batch_tokens: 5,
-        max_sequences: 2,
-        max_logit_rows: 5,
+        compute: DType::F32,
+        weights: DType::F32,
+        page_size,
+        pages: 8 * 128 / page_size,
+        max_batch_tokens,
+        max_sequences: 8,
+        max_logit_rows: max_batch_tokens,
+        prefix_cache: false,
         ..Default::default()
     };
-    for model in MODELS {
-        let tolerance = Tolerance { max_abs: Some(1e-3), greedy: true, ..Default::default() };
-        assert_within(model, &report(model, chunks.clone()), tolerance);
+    let mut engine = Engine::new(checkpoint.spec(), &options).unwrap();
+    for tensor in checkpoint.tensors() {
+        engine.load_tensor(tensor.name(), tensor.dtype(), tensor.shape(), tensor.bytes()).unwrap();
     }
+    engine.finish_loading().unwrap();
+    engine
+}
+
+/// Feeds all prompts side by side, each step the next `chunk` tokens of each, and compares every row.
+fn feed_together(engine: &mut Engine, prompts: &[GoldenPrompt], chunk: usize, model: &str) {
+    let add = |prompt: &GoldenPrompt| {
+        let tokens = &prompt.tokens;
+        engine.add_sequence(tokens, tokens.len() as u32, &SamplingConfig::default(), false).unwrap()
+    };
+    let sequences: Vec<u32> = prompts.iter().map(add).collect();
+    let mut fed = vec![0; prompts.len()];
+    loop {
+        let left = |i: usize| prompts[i].tokens.len() - fed[i];
+        let taking: Vec<(usize, usize)> =
+            (0..prompts.len()).map(|i| (i, left(i).min(chunk))).filter(|&(_, tokens)| tokens > 0).collect();
+        if taking.is_empty() {
+            break;
+        }
+        let item =
+            |&(i, tokens): &(usize, usize)| StepItem { logits: true, ..StepItem::feed(sequences[i], tokens as u32) };
+        let outputs = engine.step(&taking.iter().map(item).collect::<Vec<_>>()).unwrap();
+        for (&(i, tokens), output) in taking.iter().zip(&outputs) {
+            let golden = &prompts[i].logits[fed[i] * VOCAB..][..tokens * VOCAB];
+            assert_eq!(output.logits.len(), golden.len());
+            let near = output.logits.iter().zip(golden).all(|(ours, golden)| (ours - golden).abs() <= 1e-3);
+            assert!(near, "{model}: prompt of {}, rows from {} in chunks of {chunk}", prompts[i].prompt, fed[i]);
+            fed[i] += tokens;
+        }
+    }
+    sequences.into_iter().for_each(|sequence| engine.remove_sequence(sequence).unwrap());
 }

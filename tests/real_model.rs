@@ -47,13 +47,7 @@ fn engine(checkpoint: &Checkpoint, compute: DType) -> Engine {
 
 /// Logits after the last token of the prompt, and the greedy tokens that follow.
 fn generate(engine: &mut Engine, prompt: &[u32], new: usize) -> (Vec<f32>, Vec<u32>) {
-    let sequence = engine.add_sequence(prompt, prompt.len() as u32, &SamplingConfig::default(), false).unwrap();
-    let mut left = prompt.len() as u32 - 1;
-    while left > 0 {
-        let chunk = left.min(256);
-        engine.step(&[StepItem::feed(sequence, chunk)]).unwrap();
-        left -= chunk;
-    }
+    let sequence = start(engine, prompt, prompt.len());
     let mut logits = Vec::new();
     let mut tokens = Vec::new();
     for step in 0..new {
@@ -71,8 +65,12 @@ fn generate(engine: &mut Engine, prompt: &[u32], new: usize) -> (Vec<f32>, Vec<u
 fn last_logits(case: &str) -> Vec<f32> {
     let file = std::fs::read(path("tests/golden/gemma3_270m").join(format!("{case}.logits.safetensors"))).unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
-    let bytes = tensors.tensor("last_logits").unwrap().data();
-    bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    floats(tensors.tensor("last_logits").unwrap().data())
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    let (values, _) = bytes.as_chunks::<4>();
+    values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
 }
 
 #[test]
@@ -115,17 +113,110 @@ fn float32_gives_the_reference_logits_and_text() {
 }
 
 #[test]
+fn float32_gives_the_reference_hidden_states() {
+    let Some(checkpoint) = checkpoint() else { return };
+    let mut engine = engine(&checkpoint, DType::F32);
+    let cases = json("golden.json");
+    let prompt = ids(&cases["cases"][0]["input_ids"]);
+    assert_eq!(cases["cases"][0]["name"], "capital");
+    let sequence = engine.add_sequence(&prompt, prompt.len() as u32, &SamplingConfig::default(), false).unwrap();
+    let item = StepItem { hidden: true, ..StepItem::feed(sequence, prompt.len() as u32) };
+    let output = engine.step(&[item]).unwrap().remove(0);
+    let file = std::fs::read(path("tests/golden/gemma3_270m/capital.hidden.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let layers = checkpoint.spec().layers.len() + 1;
+    assert_eq!(tensors.len(), layers);
+    for (layer, ours) in output.hidden.chunks_exact(output.hidden.len() / layers).enumerate() {
+        let golden = floats(tensors.tensor(&format!("hidden.{layer:02}")).unwrap().data());
+        let distance = relative_l2(&golden, ours);
+        println!("layer {layer}: relative L2 {distance:.2e}");
+        assert!(distance < 1e-5, "layer {layer}: {distance}");
+    }
+}
+
+/// Teacher-forced over the 64 tokens that the reference generated after each prompt: its likeliest tokens are known,
+/// and the whole distributions are those of our float32 engine, which the tests above hold against the reference.
+#[test]
 fn bfloat16_is_as_near_as_the_reference_in_bfloat16() {
     let Some(checkpoint) = checkpoint() else { return };
-    let mut engine = engine(&checkpoint, DType::BF16);
+    let mut engines = [DType::F32, DType::BF16].map(|compute| engine(&checkpoint, compute));
+    let mut total = Agreement::default();
     for case in json("golden.json")["cases"].as_array().unwrap() {
         let name = case["name"].as_str().unwrap();
-        let (logits, _) = generate(&mut engine, &ids(&case["input_ids"]), 1);
-        let want = last_logits(name);
-        let square = |x: f32| f64::from(x) * f64::from(x);
-        let error: f64 = logits.iter().zip(&want).map(|(a, b)| square(a - b)).sum();
-        let relative = (error / want.iter().map(|&x| square(x)).sum::<f64>()).sqrt();
-        println!("{name}: relative L2 {relative:.4}");
-        assert!(relative < 0.022, "{name}: {relative}");
+        let (prompt, greedy) = (ids(&case["input_ids"]), ids(&case["greedy_ids"]));
+        let tokens = [&prompt[..], &greedy[..greedy.len() - 1]].concat();
+        let sequences = engines.each_mut().map(|engine| start(engine, &tokens, prompt.len()));
+        let mut agreement = Agreement::default();
+        for (row, &likeliest) in greedy.iter().enumerate() {
+            let [float32, bfloat16] = [0, 1].map(|i| next_logits(&mut engines[i], sequences[i]));
+            if row == 0 {
+                let distance = relative_l2(&last_logits(name), &bfloat16);
+                println!("{name}: relative L2 of the last logits {distance:.4}");
+                assert!(distance < 0.022, "{name}: {distance}");
+            }
+            agreement.add(likeliest, &float32, &bfloat16);
+        }
+        println!("{name}: {agreement:?}");
+        assert!(agreement.kl / agreement.rows < 1e-3, "{name}: {agreement:?}");
+        total.merge(&agreement);
+        for (engine, sequence) in engines.iter_mut().zip(sequences) {
+            engine.remove_sequence(sequence).unwrap();
+        }
     }
+    println!("all: mean KL {:.2e}, argmax {:.4}", total.kl / total.rows, total.equal / total.rows);
+    assert!(total.equal / total.rows >= 0.98, "{total:?}");
+}
+
+/// Feeds all of the prompt but its last token.
+fn start(engine: &mut Engine, tokens: &[u32], prompt: usize) -> u32 {
+    let sequence = engine.add_sequence(tokens, prompt as u32, &SamplingConfig::default(), false).unwrap();
+    for chunk in tokens[..prompt - 1].chunks(256) {
+        engine.step(&[StepItem::feed(sequence, chunk.len() as u32)]).unwrap();
+    }
+    sequence
+}
+
+fn next_logits(engine: &mut Engine, sequence: u32) -> Vec<f32> {
+    engine.step(&[StepItem { logits: true, ..StepItem::feed(sequence, 1) }]).unwrap().remove(0).logits
+}
+
+/// Sums over rows.
+#[derive(Debug, Default)]
+struct Agreement {
+    rows: f64,
+    /// Kullback-Leibler divergence from the float32 distribution, in nats.
+    kl: f64,
+    /// Rows whose likeliest token is the reference's.
+    equal: f64,
+}
+
+impl Agreement {
+    fn add(&mut self, likeliest: u32, golden: &[f32], ours: &[f32]) {
+        let (golden_sum, our_sum) = (log_sum_exp(golden), log_sum_exp(ours));
+        self.kl += golden.iter().zip(ours).fold(0.0, |sum, (&golden, &ours)| {
+            let (p, q) = (f64::from(golden) - golden_sum, f64::from(ours) - our_sum);
+            sum + p.exp() * (p - q)
+        });
+        let best = (0..ours.len()).max_by(|&a, &b| ours[a].total_cmp(&ours[b]));
+        self.equal += f64::from(u8::from(best == Some(likeliest as usize)));
+        self.rows += 1.0;
+    }
+
+    fn merge(&mut self, other: &Agreement) {
+        self.rows += other.rows;
+        self.kl += other.kl;
+        self.equal += other.equal;
+    }
+}
+
+fn log_sum_exp(row: &[f32]) -> f64 {
+    let max = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    max + row.iter().map(|&logit| (f64::from(logit) - max).exp()).sum::<f64>().ln()
+}
+
+fn relative_l2(golden: &[f32], ours: &[f32]) -> f64 {
+    assert_eq!(golden.len(), ours.len());
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let error: f64 = golden.iter().zip(ours).map(|(golden, ours)| square(ours - golden)).sum();
+    (error / golden.iter().map(|&x| square(x)).sum::<f64>()).sqrt()
 }
