@@ -1,4 +1,25 @@
+//! Gemma 1, 2 and 3 text generation over an embeddable C++ core.
+//!
+//! [`Gemma`] loads a Hugging Face checkpoint and answers [`Request`]s from any number of threads; they share one
+//! running batch (ragged, nothing is padded) and one paged KV cache:
+//!
+//! ```no_run
+//! use gemma_cuda::{Gemma, LoadOptions, Request};
+//!
+//! # fn main() -> gemma_cuda::Result<()> {
+//! let gemma = Gemma::load("models/gemma-3-270m", LoadOptions::default())?;
+//! for piece in gemma.generate(Request::text("The capital of France is").max_new_tokens(48))? {
+//!     print!("{}", piece?.text);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Below it lie [`engine`], the step function for those who schedule on their own, and [`checkpoint`], which reads
+//! configs, tensors, tokenizers and chat templates. [`verify`](mod@verify) holds an engine against golden values of
+//! another implementation, [`eval`](mod@eval) measures perplexity.
 #![deny(unsafe_code)]
+
 mod bridge;
 pub mod checkpoint;
 pub mod engine;

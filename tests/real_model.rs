@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use gemma_cuda::checkpoint::Checkpoint;
+use gemma_cuda::checkpoint::{Checkpoint, Message};
 use gemma_cuda::engine::{DType, Engine, EngineOptions, SamplingConfig, StepItem};
 use serde_json::Value;
 
@@ -95,6 +95,24 @@ fn tokens_are_those_of_the_reference() {
     }
     let refused = tokenizer.encode("<image_soft_token>", true).unwrap_err().to_string();
     assert!(refused.contains("262144"), "{refused}");
+}
+
+#[test]
+fn conversations_are_those_of_the_reference() {
+    let Some(checkpoint) = checkpoint() else { return };
+    let (tokenizer, template) = (checkpoint.tokenizer().unwrap(), checkpoint.chat_template().unwrap());
+    let cases = json("chat_cases.json");
+    assert!(!cases.as_array().unwrap().is_empty());
+    for case in cases.as_array().unwrap() {
+        let text = |message: &Value, field: &str| message[field].as_str().unwrap().to_owned();
+        let message = |message| Message::new(text(message, "role"), text(message, "content"));
+        let messages: Vec<Message> = case["messages"].as_array().unwrap().iter().map(message).collect();
+        let prompt = template.render(&messages, case["add_generation_prompt"].as_bool().unwrap()).unwrap();
+        assert_eq!(prompt, text(case, "text"));
+        assert_eq!(tokenizer.encode(&prompt, false).unwrap(), ids(&case["ids"]), "{prompt:?}");
+    }
+    let refused = template.render(&[Message::user("a"), Message::user("b")], true).unwrap_err().to_string();
+    assert!(refused.contains("must alternate"), "{refused}");
 }
 
 #[test]

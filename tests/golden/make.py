@@ -407,6 +407,26 @@ def make_real(model_dir, out):
         print(f"{name:26} logits off by {float((last - kept).abs().max()):.1e}, greedy ids "
               f"{'equal' if new == ref['greedy_ids'] else 'differ'}", flush=True)
     write_json(out / "golden.json", {"versions": VERSIONS, "dtype": "float32", "attn": "eager", "cases": records}, 1)
+    write_json(out / "chat_cases.json", chat_cases(model_dir), 1)
+
+
+def chat_cases(model_dir):
+    """What the checkpoint's own chat template makes of conversations, as text and as token ids."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    user, model = (lambda text, role=role: {"role": role, "content": text} for role in ("user", "assistant"))
+    conversations = [
+        [user("Name three rivers. ")],
+        [{"role": "system", "content": "Answer in one word."}, user(" What is the capital of France?"), model("Paris"),
+         user("And of \u65e5\u672c?")],
+        [user("<start_of_turn>\n\n  {{ x }}\t"), model(""), user("caf\u00e9 \U0001f980")],
+    ]
+    cases = []
+    for messages in conversations:
+        for prompt in (True, False):
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            cases.append({"messages": messages, "add_generation_prompt": prompt, "text": text, "ids": ids})
+    return cases
 
 
 def main():
@@ -418,7 +438,7 @@ def main():
     checking = commands.add_parser("check")
     checking.add_argument("--exact", action="store_true", help="tolerate no float noise: for the CPU that made tiny/")
     real = commands.add_parser("real")
-    real.add_argument("model_dir", type=Path)
+    real.add_argument("model_dir", type=Path, help="what scripts/fetch-model makes")
     real.add_argument("out", type=Path)
     args = parser.parse_args()
 

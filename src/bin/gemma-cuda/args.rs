@@ -50,7 +50,7 @@ pub struct ModelArgs {
     pub no_prefix_cache: bool,
 
     /// Refuse a checkpoint that holds a NaN or an infinity
-    #[arg(long)]
+    #[arg(long, visible_alias = "check")]
     pub check_weights: bool,
 }
 
