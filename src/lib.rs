@@ -8,7 +8,7 @@
 //!
 //! # fn main() -> gemma_cuda::Result<()> {
 //! let gemma = Gemma::load("models/gemma-3-270m", LoadOptions::default())?;
-//! for piece in gemma.generate(Request::text("The capital of France is").max_new_tokens(48))? {
+//! for piece in gemma.generate(Request::new("The capital of France is").max_new_tokens(48))? {
 //!     print!("{}", piece?.text);
 //! }
 //! # Ok(())
@@ -40,3 +40,8 @@ pub use generate::{
 pub use load::LoadProgress;
 pub use model::Gemma;
 pub use options::{ComputeType, KvCache, LoadOptions};
+
+/// Compiles the README's examples with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
