@@ -4,6 +4,7 @@
 #include <optional>
 #include <unordered_set>
 
+#include "core/device.h"
 #include "core/error.h"
 #include "core/forward.h"
 #include "core/pages.h"
@@ -43,14 +44,6 @@ ForwardLimits limits(const EngineOptions& options) {
           options.max_batch_tokens, options.max_sequences, options.max_logit_rows};
 }
 
-std::unique_ptr<Backend> make_backend(const EngineOptions& options) {
-  if (options.device == "auto" || options.device == "reference")
-    return make_reference_backend(options.threads, options.compute);
-  if (options.device == "cuda" || options.device.starts_with("cuda:"))
-    throw Error::device("device " + options.device + ": this build has only the reference backend");
-  throw Error::invalid_argument("device '" + options.device + "' is not known; there are auto, reference and cuda:N");
-}
-
 }  // namespace
 
 MemoryBudget memory_budget(const ModelSpec& spec, const EngineOptions& options) {
@@ -64,7 +57,7 @@ struct Engine::State {
   State(ModelSpec model, EngineOptions chosen)
       : spec(std::move(model)),
         options(std::move(chosen)),
-        backend(make_backend(options)),
+        backend(make_backend(spec, options)),
         weights(*backend, spec, options.weights),
         forward(*backend, spec, weights, limits(options)),
         pages(options.pages, options.page_size, options.prefix_cache),

@@ -149,6 +149,7 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
                       .block_table = tables_.block_table.as<uint32_t>(),
                       .sequences = plan.sequences(),
                       .max_pages = plan.max_pages,
+                      .max_new = plan.max_new,
                       .heads = layer.heads,
                       .window = layer.window,
                       .scale = layer.attention_scale,

@@ -6,8 +6,10 @@ namespace gemma_cuda {
 
 BatchPlan make_plan(std::span<const PlanItem> items, uint32_t page_size) {
   BatchPlan plan;
-  for (const PlanItem& item : items)
+  for (const PlanItem& item : items) {
     plan.max_pages = std::max(plan.max_pages, static_cast<uint32_t>(item.sequence->pages.size()));
+    plan.max_new = std::max(plan.max_new, item.tokens);
+  }
 
   plan.cu_seqlens.push_back(0);
   for (const PlanItem& item : items) {

@@ -26,6 +26,7 @@ struct BatchPlan {
   std::vector<uint32_t> block_table;  // [s, max_pages]
   std::vector<uint32_t> logit_rows;   // [r] rows of t that need logits
   uint32_t max_pages = 0;
+  uint32_t max_new = 0;  // most new tokens of one sequence
 
   uint32_t tokens() const { return static_cast<uint32_t>(ids.size()); }
   uint32_t sequences() const { return static_cast<uint32_t>(kv_len.size()); }

@@ -92,6 +92,7 @@ struct AttentionArgs {
   const uint32_t* kv_len;       // [s] cached tokens, the new ones among them
   const uint32_t* block_table;  // [s, max_pages]
   uint32_t sequences, max_pages;
+  uint32_t max_new;  // most new tokens of one sequence
   uint32_t heads;
   uint32_t window;  // 0: none
   float scale;

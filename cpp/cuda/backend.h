@@ -1,0 +1,17 @@
+// The CUDA backend: one GPU, one stream, bf16 activations and weights.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "ops/backend.h"
+
+namespace gemma_cuda::cuda {
+
+// Throws Error::device saying why the GPU cannot be used: no driver, no such device, older than sm_80, no cuBLASLt.
+std::unique_ptr<Backend> make_backend(int device);
+
+// Why the operations have no kernels for such heads; empty if they have.
+std::string unsupported_head(uint32_t head_dim, uint32_t heads, uint32_t kv_heads);
+
+}  // namespace gemma_cuda::cuda

@@ -1,0 +1,33 @@
+// cuBLASLt, loaded when the first CUDA backend is made: a program that was built with CUDA starts without it.
+#pragma once
+
+#include <cublasLt.h>
+
+#include <cstddef>
+#include <string>
+
+namespace gemma_cuda::cuda {
+
+struct CublasLt {
+  decltype(&cublasLtCreate) create;
+  decltype(&cublasLtDestroy) destroy;
+  decltype(&cublasLtGetVersion) version;
+  decltype(&cublasLtGetStatusString) status_string;
+  decltype(&cublasLtMatmul) matmul;
+  decltype(&cublasLtMatmulAlgoGetHeuristic) heuristic;
+  decltype(&cublasLtMatmulDescCreate) desc_create;
+  decltype(&cublasLtMatmulDescDestroy) desc_destroy;
+  decltype(&cublasLtMatmulDescSetAttribute) desc_set;
+  decltype(&cublasLtMatrixLayoutCreate) layout_create;
+  decltype(&cublasLtMatrixLayoutDestroy) layout_destroy;
+  decltype(&cublasLtMatmulPreferenceCreate) preference_create;
+  decltype(&cublasLtMatmulPreferenceDestroy) preference_destroy;
+  decltype(&cublasLtMatmulPreferenceSetAttribute) preference_set;
+
+  // Throws Error::device saying which names were tried, or which version is too old.
+  static const CublasLt& get();
+  // Throws naming the call.
+  void check(cublasStatus_t status, const char* call) const;
+};
+
+}  // namespace gemma_cuda::cuda

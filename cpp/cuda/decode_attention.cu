@@ -1,0 +1,387 @@
+// Attention of sequences with one new token over their paged cache.
+//
+// What bounds it is the reading of K and V, each once, so the work is cut by bytes: every (sequence, K/V head) is a row
+// of tiles of 16 tokens, all rows laid end to end make one line, and the line is cut into equal stretches, one a warp,
+// wherever the cuts fall. Lengths, however different, need no other balancing. They are read on the device, so that a
+// captured launch replays with any lengths; a sequence with any other number of new tokens has no tiles here.
+//
+// A warp is on its own: it copies its next tiles into its ring in shared memory (cp.async, running ahead over the ends
+// of rows), and takes them to the tensor cores: S = Q K^T and O = P V with the group's query heads as the 16 rows of
+// the product, so one kernel serves groups of 1 to 16. No barrier but the one after the geometry is computed. A row
+// that lies in one stretch is written out; of a row that is cut each stretch leaves a partial result (maximum, sum,
+// unnormalized output), and a second kernel combines them in a fixed order.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/check.h"
+#include "cuda/mma.cuh"
+#include "cuda/ops.h"
+
+namespace gemma_cuda::cuda {
+namespace {
+
+constexpr int kTile = 16;  // tokens
+constexpr int kStages = 3;
+constexpr int kMaxWarps = 4;         // a block
+constexpr uint32_t kLeastTiles = 2;  // in a stretch: shorter ones cost more to combine than they save
+
+struct Decode {
+  const bf16_t* q;
+  const bf16_t* keys;
+  const bf16_t* values;
+  const uint32_t* cu_seqlens;
+  const uint32_t* kv_len;
+  const uint32_t* block_table;
+  uint32_t sequences, max_pages, page_size, heads, kv_heads, window;
+  ScoreScale score;
+  bf16_t* out;
+  float* partial;   // [2 stretches][group][HeadDim]
+  float2* weights;  // [2 stretches][group]: maximum (log2 units) and sum
+  uint32_t stretches;
+};
+
+struct Range {  // of the tokens a sequence's new token sees
+  uint32_t first, end;
+  __device__ uint32_t first_tile() const { return first / kTile; }
+  __device__ uint32_t tiles() const { return (end + kTile - 1) / kTile - first_tile(); }
+};
+
+__device__ Range range(const Decode& args, uint32_t sequence) {
+  if (args.cu_seqlens[sequence + 1] - args.cu_seqlens[sequence] != 1) return {0, 0};
+  const uint32_t end = args.kv_len[sequence];
+  return {args.window != 0 && end > args.window ? end - args.window : 0, end};
+}
+
+// Prefix sums of the sequences' tiles (of one head) into `before`, [sequences + 1], by the whole block.
+__device__ void lay_out(const Decode& args, uint32_t* before) {
+  __shared__ uint32_t sums[32];
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  uint32_t total = 0;
+  for (uint32_t base = 0; base < args.sequences; base += blockDim.x) {
+    const uint32_t sequence = base + threadIdx.x;
+    uint32_t sum = sequence < args.sequences ? range(args, sequence).tiles() : 0;
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const uint32_t left = __shfl_up_sync(~0u, sum, offset);
+      if (lane >= offset) sum += left;
+    }
+    __syncthreads();
+    if (lane == 31) sums[warp] = sum;
+    __syncthreads();
+    for (uint32_t w = 0; w < warp; ++w) sum += sums[w];
+    if (sequence < args.sequences) before[sequence + 1] = total + sum;
+    __syncthreads();
+    for (uint32_t w = 0; w < warps; ++w) total += sums[w];
+  }
+  if (threadIdx.x == 0) before[0] = 0;
+  __syncthreads();
+}
+
+__device__ uint32_t stretch_length(uint32_t tiles, uint32_t stretches) {
+  return max((tiles + stretches - 1) / stretches, kLeastTiles);
+}
+
+// Walks a stretch of the line tile by tile.
+struct Cursor {
+  uint32_t at, end;  // tiles of the line
+  uint32_t sequence, head;
+  uint32_t row_begin, row_end;  // tiles of the line
+  Range tokens;
+
+  __device__ bool done() const { return at >= end; }
+  // The row that tile `at` lies in.
+  __device__ void find(const Decode& args, const uint32_t* before) {
+    uint32_t low = 0, high = args.sequences;  // before[low] * kv_heads <= at < before[high] * kv_heads
+    while (high - low > 1) {
+      const uint32_t middle = (low + high) / 2;
+      (before[middle] * args.kv_heads <= at ? low : high) = middle;
+    }
+    const uint32_t tiles = before[low + 1] - before[low];
+    const uint32_t begin = before[low] * args.kv_heads;
+    sequence = low;
+    head = (at - begin) / tiles;
+    row_begin = begin + head * tiles;
+    row_end = row_begin + tiles;
+    tokens = range(args, sequence);
+  }
+  __device__ void next(const Decode& args, const uint32_t* before) {
+    if (++at == row_end && at < end) find(args, before);
+  }
+  __device__ uint32_t first_token() const { return (tokens.first_tile() + at - row_begin) * kTile; }
+};
+
+// Starts the copies of a tile's K and V rows; tokens outside the range become zeros.
+template <int HeadDim>
+__device__ void fetch(const Decode& args, const Cursor& cursor, uint32_t stage, int lane) {
+  constexpr int kChunks = Tile<HeadDim>::kChunks, kLanes = kChunks < 32 ? kChunks : 32, kRows = 32 / kLanes;
+  const uint32_t token = cursor.first_token() + lane % kTile;
+  const bool there = token >= cursor.tokens.first && token < cursor.tokens.end;
+  const uint32_t page = there ? args.block_table[size_t{cursor.sequence} * args.max_pages + token / args.page_size] : 0;
+  const uint64_t row = (uint64_t{page} * args.kv_heads + cursor.head) * args.page_size + token % args.page_size;
+  const int64_t mine = there ? static_cast<int64_t>(row * HeadDim) : -1;
+#pragma unroll
+  for (int i = 0; i < kTile; i += kRows) {
+    const int at = i + lane / kLanes, chunk = lane % kLanes;
+    const int64_t from = __shfl_sync(~0u, mine, at);
+    const size_t offset = (from < 0 ? 0 : from) + chunk * 8;
+    const uint32_t to = Tile<HeadDim>::chunk(stage, at, chunk);
+    copy_async(to, args.keys + offset, from >= 0);
+    copy_async(to + kTile * HeadDim * 2, args.values + offset, from >= 0);
+  }
+}
+
+// The queries of a group as A fragments; rows past the group are zero.
+template <int HeadDim>
+__device__ void load_queries(const Decode& args, const Cursor& cursor, uint32_t (&q)[HeadDim / 16][4], int lane) {
+  const uint32_t group = args.heads / args.kv_heads, row = lane / 4;
+  const bf16_t* from =
+      args.q + (size_t{args.cu_seqlens[cursor.sequence]} * args.heads + cursor.head * group) * HeadDim + lane % 4 * 2;
+  auto pair = [&](uint32_t r, int column) {
+    return r < group ? *reinterpret_cast<const uint32_t*>(from + size_t{r} * HeadDim + column) : 0u;
+  };
+#pragma unroll
+  for (int k = 0; k < HeadDim / 16; ++k) {
+    q[k][0] = pair(row, k * 16);
+    q[k][1] = pair(row + 8, k * 16);
+    q[k][2] = pair(row, k * 16 + 8);
+    q[k][3] = pair(row + 8, k * 16 + 8);
+  }
+}
+
+// Running softmax of the group's heads over the tiles of a row.
+template <int HeadDim>
+struct State {
+  float out[HeadDim / 8][4];
+  float best[2], sum[2];  // of rows lane / 4 and that + 8; a lane's own share of the sum
+
+  __device__ void clear() {
+#pragma unroll
+    for (auto& fragment : out) fragment[0] = fragment[1] = fragment[2] = fragment[3] = 0;
+    best[0] = best[1] = -INFINITY;
+    sum[0] = sum[1] = 0;
+  }
+
+  __device__ void add(const Decode& args, const uint32_t (&q)[HeadDim / 16][4], uint32_t stage, uint32_t first_token,
+                      Range tokens, int lane) {
+    float scores[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < HeadDim / 16; ++k) {
+      uint32_t b[4];
+      Tile<HeadDim>::columns(b, stage, 0, k * 16, lane);
+      mma(scores[0], q[k], b[0], b[1]);
+      mma(scores[1], q[k], b[2], b[3]);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t token = first_token + n * 8 + lane % 4 * 2 + i % 2;
+        scores[n][i] = token >= tokens.first && token < tokens.end ? args.score(scores[n][i]) : -INFINITY;
+      }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = fmaxf(fmaxf(scores[0][2 * half], scores[0][2 * half + 1]),
+                        fmaxf(scores[1][2 * half], scores[1][2 * half + 1]));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      top = fmaxf(top, best[half]);  // finite: every tile has a token in the range
+      const float shrink = exp2f(best[half] - top);
+      best[half] = top;
+      sum[half] *= shrink;
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) sum[half] += scores[n][i] = exp2f(scores[n][i] - top);
+#pragma unroll
+      for (auto& fragment : out) {
+        fragment[2 * half] *= shrink;
+        fragment[2 * half + 1] *= shrink;
+      }
+    }
+    const uint32_t p[4] = {pack(scores[0][0], scores[0][1]), pack(scores[0][2], scores[0][3]),
+                           pack(scores[1][0], scores[1][1]), pack(scores[1][2], scores[1][3])};
+#pragma unroll
+    for (int n = 0; n < HeadDim / 16; ++n) {
+      uint32_t b[4];
+      Tile<HeadDim>::rows(b, stage + kTile * HeadDim * 2, 0, n * 16, lane);
+      mma(out[2 * n], p, b[0], b[1]);
+      mma(out[2 * n + 1], p, b[2], b[3]);
+    }
+  }
+
+  // A whole row's result, or this stretch's part of it.
+  __device__ void finish(const Decode& args, const Cursor& cursor, bool whole, uint32_t slot, int lane) {
+    const uint32_t group = args.heads / args.kv_heads;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
+      sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+      const uint32_t row = lane / 4 + 8 * half;
+      if (row >= group) continue;
+      if (whole) {
+        bf16_t* to =
+            args.out + ((size_t{args.cu_seqlens[cursor.sequence]} * args.heads) + cursor.head * group + row) * HeadDim;
+        const float inverse = 1 / sum[half];
+#pragma unroll
+        for (int n = 0; n < HeadDim / 8; ++n)
+          *reinterpret_cast<uint32_t*>(to + n * 8 + lane % 4 * 2) =
+              pack(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
+      } else {
+        float* to = args.partial + (size_t{slot} * group + row) * HeadDim;
+#pragma unroll
+        for (int n = 0; n < HeadDim / 8; ++n)
+          *reinterpret_cast<float2*>(to + n * 8 + lane % 4 * 2) = make_float2(out[n][2 * half], out[n][2 * half + 1]);
+        if (lane % 4 == 0) args.weights[size_t{slot} * group + row] = make_float2(best[half], sum[half]);
+      }
+    }
+  }
+};
+
+template <int HeadDim>
+__global__ void __launch_bounds__(kMaxWarps * 32) decode_kernel(Decode args) {
+  extern __shared__ __align__(128) char memory[];
+  constexpr uint32_t kStage = 2 * kTile * HeadDim * 2;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const uint32_t ring = shared_address(memory) + warp * kStages * kStage;
+  uint32_t* before = reinterpret_cast<uint32_t*>(memory + warps * kStages * kStage);
+  lay_out(args, before);
+
+  const uint32_t tiles = before[args.sequences] * args.kv_heads, stretch = blockIdx.x * warps + warp;
+  const uint32_t length = stretch_length(tiles, args.stretches), begin = min(tiles, stretch * length);
+  Cursor here{.at = begin, .end = min(tiles, begin + length)};
+  if (here.done()) return;
+  here.find(args, before);
+  Cursor ahead = here;
+  for (int stage = 0; stage < kStages - 1; ++stage) {
+    if (!ahead.done()) {
+      fetch<HeadDim>(args, ahead, ring + stage * kStage, lane);
+      ahead.next(args, before);
+    }
+    commit_copies();
+  }
+
+  uint32_t q[HeadDim / 16][4];
+  State<HeadDim> state;
+  uint32_t piece = here.at;  // where this stretch's part of the row begins
+  for (uint32_t turn = 0; !here.done(); ++turn) {
+    if (here.at == piece) {
+      load_queries<HeadDim>(args, here, q, lane);
+      state.clear();
+    }
+    wait_copies<kStages - 2>();
+    __syncwarp();  // every lane's copies are there, and the stage filled next has been read, in the turn before
+    if (!ahead.done()) {
+      fetch<HeadDim>(args, ahead, ring + (turn + kStages - 1) % kStages * kStage, lane);
+      ahead.next(args, before);
+    }
+    commit_copies();
+    state.add(args, q, ring + turn % kStages * kStage, here.first_token(), here.tokens, lane);
+    if (here.at + 1 == here.row_end || here.at + 1 == here.end) {
+      const bool whole = piece == here.row_begin && here.at + 1 == here.row_end;
+      state.finish(args, here, whole, 2 * stretch + (piece == begin ? 0 : 1), lane);
+      piece = here.at + 1;
+    }
+    here.next(args, before);
+  }
+}
+
+// One block a row (sequence, K/V head), one thread an element of the head: weighs the parts of a row that was cut.
+constexpr int combine_threads(int head_dim) { return head_dim < 32 ? 32 : head_dim; }
+
+template <int HeadDim>
+__global__ void __launch_bounds__(combine_threads(HeadDim)) combine_kernel(Decode args) {
+  extern __shared__ uint32_t before[];
+  lay_out(args, before);
+  const uint32_t sequence = blockIdx.x, head = blockIdx.y, group = args.heads / args.kv_heads;
+  const uint32_t row_tiles = before[sequence + 1] - before[sequence];
+  if (row_tiles == 0) return;
+  const uint32_t length = stretch_length(before[args.sequences] * args.kv_heads, args.stretches);
+  const uint32_t begin = before[sequence] * args.kv_heads + head * row_tiles;
+  const uint32_t first = begin / length, last = (begin + row_tiles - 1) / length;
+  if (first == last || threadIdx.x >= HeadDim) return;
+  auto slot = [&](uint32_t stretch) { return 2 * stretch + (stretch == first && begin % length != 0 ? 1 : 0); };
+  for (uint32_t row = blockIdx.z; row < group; row += gridDim.z) {
+    float best = -INFINITY;
+    for (uint32_t i = first; i <= last; ++i) best = fmaxf(best, args.weights[size_t{slot(i)} * group + row].x);
+    float sum = 0, out = 0;
+    for (uint32_t i = first; i <= last; ++i) {
+      const size_t at = size_t{slot(i)} * group + row;
+      const float weight = exp2f(args.weights[at].x - best);
+      sum += args.weights[at].y * weight;
+      out += args.partial[at * HeadDim + threadIdx.x] * weight;
+    }
+    args.out[(size_t{args.cu_seqlens[sequence]} * args.heads + head * group + row) * HeadDim + threadIdx.x] =
+        __float2bfloat16_rn(out / sum);
+  }
+}
+
+constexpr size_t ring_bytes(uint32_t head_dim, int warps) { return size_t{2 * kTile * 2} * head_dim * kStages * warps; }
+
+// Warps a block and blocks a multiprocessor: as much in flight as shared memory holds.
+struct Shape {
+  int warps, blocks;
+  size_t shared;
+};
+
+Shape shape(const DeviceInfo& device, uint32_t head_dim, uint32_t sequences) {
+  const size_t geometry = (sequences + 1) * sizeof(uint32_t);
+  int warps = kMaxWarps;
+  while (warps > 1 && ring_bytes(head_dim, warps) + geometry > static_cast<size_t>(device.shared_memory)) --warps;
+  const size_t shared = ring_bytes(head_dim, warps) + geometry;
+  const int blocks = std::clamp(static_cast<int>(device.shared_memory / (shared + 2048)), 1, 3);
+  return {warps, blocks, shared};
+}
+
+template <int HeadDim>
+void launch(Decode args, const DeviceInfo& device, cudaStream_t stream) {
+  const Shape s = shape(device, HeadDim, args.sequences);
+  const uint32_t blocks = s.blocks * device.multiprocessors;
+  args.stretches = blocks * s.warps;
+  GEMMA_CUDA_CHECK(cudaFuncSetAttribute(decode_kernel<HeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(s.shared)));
+  decode_kernel<HeadDim><<<blocks, s.warps * 32, s.shared, stream>>>(args);
+  GEMMA_CUDA_CHECK(cudaGetLastError());
+  const uint32_t group = args.heads / args.kv_heads;
+  combine_kernel<HeadDim><<<dim3(args.sequences, args.kv_heads, group), combine_threads(HeadDim),
+                            (args.sequences + 1) * sizeof(uint32_t), stream>>>(args);
+  GEMMA_CUDA_CHECK(cudaGetLastError());
+}
+
+uint32_t most_stretches(const DeviceInfo& device) { return 3 * device.multiprocessors * kMaxWarps; }
+
+}  // namespace
+
+size_t decode_scratch_bytes(const DeviceInfo& device, uint32_t head_dim, uint32_t group) {
+  return size_t{2} * most_stretches(device) * group * (head_dim * sizeof(float) + sizeof(float2));
+}
+
+void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* scratch, cudaStream_t stream) {
+  const uint32_t group = args.heads / args.cache.kv_heads;
+  float2* weights = static_cast<float2*>(scratch);
+  const Decode decode{.q = static_cast<const bf16_t*>(args.q),
+                      .keys = static_cast<const bf16_t*>(args.cache.keys),
+                      .values = static_cast<const bf16_t*>(args.cache.values),
+                      .cu_seqlens = args.cu_seqlens,
+                      .kv_len = args.kv_len,
+                      .block_table = args.block_table,
+                      .sequences = args.sequences,
+                      .max_pages = args.max_pages,
+                      .page_size = args.cache.page_size,
+                      .heads = args.heads,
+                      .kv_heads = args.cache.kv_heads,
+                      .window = args.window,
+                      .score = ScoreScale::of(args.scale, args.soft_cap),
+                      .out = static_cast<bf16_t*>(args.out),
+                      .partial = reinterpret_cast<float*>(weights + size_t{2} * most_stretches(device) * group),
+                      .weights = weights,
+                      .stretches = 0};
+  switch (args.cache.head_dim) {
+    case 16: return launch<16>(decode, device, stream);
+    case 32: return launch<32>(decode, device, stream);
+    case 64: return launch<64>(decode, device, stream);
+    case 128: return launch<128>(decode, device, stream);
+    case 256: return launch<256>(decode, device, stream);
+    default: throw Error::invalid_argument("head_dim " + std::to_string(args.cache.head_dim) + " has no CUDA kernel");
+  }
+}
+
+}  // namespace gemma_cuda::cuda

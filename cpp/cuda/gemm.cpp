@@ -1,0 +1,129 @@
+// cuBLASLt sees column-major matrices: our row-major w [n, k] is its k x n, x [t, k] its k x t, out [t, n] its n x t.
+// So out^T = (w as it sees it)^T x: both inputs run along k, the form for which it has the most kernels.
+//
+// At the few rows of decode a product is bound by reading w, and the algorithm the library guesses first is up to a
+// fifth slower than its best; so there the candidates are timed, on the operands of the first call.
+#include "cuda/gemm.h"
+
+#include <algorithm>
+
+#include "cuda/check.h"
+
+namespace gemma_cuda::cuda {
+namespace {
+
+constexpr uint32_t kSearchedTokens = 256;  // at most: beyond them the product is bound by arithmetic
+constexpr int kCandidates = 8;
+constexpr int kRepeats = 6;
+
+cudaDataType_t data_type(DType dtype) { return dtype == DType::f32 ? CUDA_R_32F : CUDA_R_16BF; }
+
+// Times what `work` puts on a stream.
+template <class F>
+float milliseconds(cudaStream_t stream, F work) {
+  struct Event {
+    cudaEvent_t event;
+    Event() { GEMMA_CUDA_CHECK(cudaEventCreate(&event)); }
+    ~Event() { cudaEventDestroy(event); }
+  } begin, end;
+  GEMMA_CUDA_CHECK(cudaEventRecord(begin.event, stream));
+  work();
+  GEMMA_CUDA_CHECK(cudaEventRecord(end.event, stream));
+  GEMMA_CUDA_CHECK(cudaEventSynchronize(end.event));
+  float time = 0;
+  GEMMA_CUDA_CHECK(cudaEventElapsedTime(&time, begin.event, end.event));
+  return time;
+}
+
+bool capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  GEMMA_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+}  // namespace
+
+Gemm::Gemm(void* workspace) : lt_(CublasLt::get()), workspace_(workspace) {
+  lt_.check(lt_.create(&handle_), "cublasLtCreate");
+}
+
+Gemm::~Gemm() {
+  for (auto& [key, plan] : plans_) {
+    lt_.layout_destroy(plan.w);
+    lt_.layout_destroy(plan.x);
+    lt_.layout_destroy(plan.out);
+    lt_.desc_destroy(plan.desc);
+  }
+  lt_.destroy(handle_);
+}
+
+void Gemm::run(const GemmArgs& args, cudaStream_t stream) {
+  const Key key{args.tokens, args.w.rows, args.w.cols, args.out_dtype};
+  auto found = plans_.find(key);
+  if (found == plans_.end()) {
+    Plan plan = describe(args);
+    plan.algorithm = candidates(plan).front().algo;
+    found = plans_.emplace(key, plan).first;
+  }
+  Plan& plan = found->second;
+  if (!plan.searched && args.tokens <= kSearchedTokens && !capturing(stream)) search(plan, args, stream);
+  lt_.check(call(plan, plan.algorithm, args, stream), "cublasLtMatmul");
+}
+
+Gemm::Plan Gemm::describe(const GemmArgs& args) const {
+  const uint64_t t = args.tokens, n = args.w.rows, k = args.w.cols;
+  const cublasOperation_t transposed = CUBLAS_OP_T;
+  Plan plan;
+  lt_.check(lt_.desc_create(&plan.desc, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
+  lt_.check(lt_.desc_set(plan.desc, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed),
+            "cublasLtMatmulDescSetAttribute");
+  lt_.check(lt_.layout_create(&plan.w, CUDA_R_16BF, k, n, static_cast<int64_t>(k)), "cublasLtMatrixLayoutCreate");
+  lt_.check(lt_.layout_create(&plan.x, CUDA_R_16BF, k, t, static_cast<int64_t>(k)), "cublasLtMatrixLayoutCreate");
+  lt_.check(lt_.layout_create(&plan.out, data_type(args.out_dtype), n, t, static_cast<int64_t>(n)),
+            "cublasLtMatrixLayoutCreate");
+  return plan;
+}
+
+std::vector<cublasLtMatmulHeuristicResult_t> Gemm::candidates(const Plan& plan) const {
+  cublasLtMatmulPreference_t preference;
+  lt_.check(lt_.preference_create(&preference), "cublasLtMatmulPreferenceCreate");
+  const size_t workspace = kWorkspaceBytes;
+  cublasStatus_t status =
+      lt_.preference_set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace);
+  std::vector<cublasLtMatmulHeuristicResult_t> results(kCandidates);
+  int found = 0;
+  if (status == CUBLAS_STATUS_SUCCESS)
+    status = lt_.heuristic(handle_, plan.desc, plan.w, plan.x, plan.out, plan.out, preference, kCandidates,
+                           results.data(), &found);
+  lt_.preference_destroy(preference);
+  lt_.check(status, "cublasLtMatmulAlgoGetHeuristic");
+  results.resize(found);
+  std::erase_if(results, [](const auto& result) { return result.state != CUBLAS_STATUS_SUCCESS; });
+  if (results.empty()) throw Error::device("cuBLASLt has no algorithm for a product of this shape");
+  return results;
+}
+
+void Gemm::search(Plan& plan, const GemmArgs& args, cudaStream_t stream) const {
+  float best = 0;
+  bool first = true;
+  for (const cublasLtMatmulHeuristicResult_t& candidate : candidates(plan)) {
+    if (call(plan, candidate.algo, args, stream) != CUBLAS_STATUS_SUCCESS) continue;  // warm-up; some cannot run
+    const float time = milliseconds(stream, [&] {
+      for (int i = 0; i < kRepeats; ++i) lt_.check(call(plan, candidate.algo, args, stream), "cublasLtMatmul");
+    });
+    if (!first && time >= best) continue;
+    first = false;
+    best = time;
+    plan.algorithm = candidate.algo;
+  }
+  plan.searched = true;
+}
+
+cublasStatus_t Gemm::call(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const GemmArgs& args,
+                          cudaStream_t stream) const {
+  const float one = 1, zero = 0;
+  return lt_.matmul(handle_, plan.desc, &one, args.w.data, plan.w, args.x, plan.x, &zero, args.out, plan.out, args.out,
+                    plan.out, &algorithm, workspace_, kWorkspaceBytes, stream);
+}
+
+}  // namespace gemma_cuda::cuda

@@ -1,0 +1,90 @@
+// Tensor core building blocks for attention, for every GPU from sm_80 on: bf16 fragments, asynchronous 16-byte copies,
+// and tiles of K or V rows in shared memory.
+//
+// Fragments of mma.m16n8k16 (r = lane / 4, c = lane % 4): A holds rows r and r + 8, columns 2c, 2c + 1 and those + 8; B
+// holds column r, rows 2c, 2c + 1 and those + 8; C holds rows r and r + 8, columns 2c and 2c + 1. So a C of scores is,
+// narrowed, the A of the next product: probabilities never leave registers.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/vector.cuh"
+
+namespace gemma_cuda::cuda {
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 16 bytes to shared memory, or zeroes them where there is nothing to copy.
+__device__ inline void copy_async(uint32_t to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most N of the committed groups are under way.
+template <int N>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// d += a b
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8x8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ inline uint32_t pack(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Rows of HeadDim bf16 in shared memory. Their 16-byte chunks are stored at chunk ^ (row % 8), so that eight rows of
+// one column of chunks lie in eight different groups of banks.
+template <int HeadDim>
+struct Tile {
+  static constexpr int kChunks = HeadDim / 8;  // 16-byte chunks of a row
+  static constexpr int kMask = kChunks < 8 ? kChunks - 1 : 7;
+  static constexpr int kRowBytes = HeadDim * 2;
+
+  __device__ static uint32_t chunk(uint32_t base, int row, int chunk) {
+    return base + row * kRowBytes + ((chunk ^ (row & kMask)) << 4);
+  }
+  // The B fragments of 16 rows by 16 columns, rows being the product's columns (K): {rows 0-7: b0, b1; rows 8-15: …}.
+  __device__ static void columns(uint32_t (&b)[4], uint32_t base, int row, int column, int lane) {
+    load_matrices(b, chunk(base, row + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2));
+  }
+  // The B fragments of 16 rows by 16 columns, rows being the inner dimension (V): {columns 0-7: b0, b1; 8-15: …}.
+  __device__ static void rows(uint32_t (&b)[4], uint32_t base, int row, int column, int lane) {
+    load_matrices_transposed(b, chunk(base, row + lane % 16, column / 8 + lane / 16));
+  }
+};
+
+// Scores of a query, in log2 units: exp2 of them is the softmax's numerator.
+struct ScoreScale {
+  static constexpr float kLog2e = 1.4426950408889634f;
+  float scale;  // with log2(e), where there is no cap
+  float cap;    // with log2(e); 0: none
+  __host__ __device__ static ScoreScale of(float scale, float soft_cap) {
+    return soft_cap > 0 ? ScoreScale{scale / soft_cap, soft_cap * kLog2e} : ScoreScale{scale * kLog2e, 0};
+  }
+  __device__ float operator()(float product) const { return cap > 0 ? cap * tanhf(product * scale) : product * scale; }
+};
+
+}  // namespace gemma_cuda::cuda

@@ -1,0 +1,110 @@
+// RMS norm with what stands around it in a layer (NormArgs): the block's output is normed and added to the residual
+// stream, and the stream normed for the next block, in one pass over memory.
+//
+// One block a row; a thread keeps its elements in registers between the two sums, so each byte moves once: 2 bytes of
+// delta and 4 of residual read, 4 and 2 written an element. At the few rows of decode it is bound by latency.
+#include "cuda/check.h"
+#include "cuda/ops.h"
+#include "cuda/vector.cuh"
+
+namespace gemma_cuda::cuda {
+namespace {
+
+constexpr uint32_t kThreads = 256;
+constexpr uint32_t kVector = 8;
+
+struct Norm {
+  float* residual;
+  const bf16_t* delta;
+  const float* delta_weight;
+  const uint32_t* rows;
+  const float* weight;
+  bf16_t* out;
+  uint32_t hidden;
+  float eps;
+};
+
+__device__ void load8(const float* from, float (&to)[8]) {
+  const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
+  to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+}
+
+__device__ void store8(float* to, const float (&from)[8]) {
+  *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+  *reinterpret_cast<float4*>(to + 4) = make_float4(from[4], from[5], from[6], from[7]);
+}
+
+template <int N>
+__device__ float inverse_rms(const float (&x)[N][8], uint32_t hidden, float eps, float* partial) {
+  float squares = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (int j = 0; j < 8; ++j) squares += x[i][j] * x[i][j];
+  return rsqrtf(block_sum(squares, partial) / static_cast<float>(hidden) + eps);
+}
+
+// Each thread has up to N runs of eight elements; those past the end of the row are zero.
+template <int N>
+__global__ void __launch_bounds__(kThreads) norm_kernel(Norm args) {
+  __shared__ float partial[32];
+  const uint32_t row = args.rows ? args.rows[blockIdx.x] : blockIdx.x;
+  float* residual = args.residual + size_t{row} * args.hidden;
+  const auto column = [](int i) { return (i * kThreads + threadIdx.x) * kVector; };
+
+  float x[N][8];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (column(i) < args.hidden)
+      load8(residual + column(i), x[i]);
+    else
+#pragma unroll
+      for (float& value : x[i]) value = 0;
+  }
+  if (args.delta) {
+    float delta[N][8] = {};
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (column(i) < args.hidden)
+        widen(*reinterpret_cast<const Bf16x8*>(args.delta + size_t{row} * args.hidden + column(i)), delta[i]);
+    const float inverse = args.delta_weight ? inverse_rms(delta, args.hidden, args.eps, partial) : 1.0f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (column(i) >= args.hidden) continue;
+      float weight[8] = {};
+      if (args.delta_weight) load8(args.delta_weight + column(i), weight);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[i][j] += args.delta_weight ? delta[i][j] * inverse * (1 + weight[j]) : delta[i][j];
+      store8(residual + column(i), x[i]);
+    }
+  }
+  if (!args.weight) return;
+  const float inverse = inverse_rms(x, args.hidden, args.eps, partial);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (column(i) >= args.hidden) continue;
+    float weight[8];
+    load8(args.weight + column(i), weight);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) weight[j] = x[i][j] * inverse * (1 + weight[j]);
+    *reinterpret_cast<Bf16x8*>(args.out + size_t{blockIdx.x} * args.hidden + column(i)) = narrow(weight);
+  }
+}
+
+}  // namespace
+
+void norm(const NormArgs& args, cudaStream_t stream) {
+  const Norm norm{args.residual, static_cast<const bf16_t*>(args.delta), args.delta_weight, args.rows,
+                  args.weight,   static_cast<bf16_t*>(args.out),         args.hidden,       args.eps};
+  const uint32_t runs = (args.hidden + kThreads * kVector - 1) / (kThreads * kVector);
+  switch (runs) {
+    case 1: norm_kernel<1><<<args.tokens, kThreads, 0, stream>>>(norm); break;
+    case 2: norm_kernel<2><<<args.tokens, kThreads, 0, stream>>>(norm); break;
+    case 3: norm_kernel<3><<<args.tokens, kThreads, 0, stream>>>(norm); break;
+    case 4: norm_kernel<4><<<args.tokens, kThreads, 0, stream>>>(norm); break;
+    default: throw Error::invalid_argument("hidden_size " + std::to_string(args.hidden) + " is more than 8192");
+  }
+  GEMMA_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace gemma_cuda::cuda

@@ -1,0 +1,39 @@
+// The kernels' launchers: one an operation of ops/backend.h, each in the file of its name. Activations are bf16.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "ops/backend.h"
+
+namespace gemma_cuda::cuda {
+
+// What a launcher needs to know of the device.
+struct DeviceInfo {
+  int index = 0;
+  int multiprocessors = 0;
+  int shared_memory = 0;  // bytes a block may have
+  int capability = 0;     // 10 * major + minor
+};
+
+void embed(const EmbedArgs& args, cudaStream_t stream);
+void norm(const NormArgs& args, cudaStream_t stream);
+void rope(const RopeArgs& args, cudaStream_t stream);
+void geglu(const GegluArgs& args, cudaStream_t stream);
+void soft_cap(const SoftCapArgs& args, cudaStream_t stream);
+// to[i] = from[i], between f32, bf16 and f16, rounded to nearest even.
+void convert(void* to, DType to_type, const void* from, DType from_type, size_t count, cudaStream_t stream);
+
+// Sequences with several new tokens.
+void prefill_attention(const AttentionArgs& args, cudaStream_t stream);
+// Sequences with one new token. `scratch` holds decode_scratch_bytes().
+void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* scratch, cudaStream_t stream);
+size_t decode_scratch_bytes(const DeviceInfo& device, uint32_t head_dim, uint32_t group);
+
+// Widths of a head for which there are attention kernels.
+constexpr bool head_dim_supported(uint32_t head_dim) {
+  return head_dim == 16 || head_dim == 32 || head_dim == 64 || head_dim == 128 || head_dim == 256;
+}
+constexpr uint32_t kMaxGroup = 16;        // query heads that share a K/V head
+constexpr uint32_t kMaxSequences = 1024;  // in a step
+
+}  // namespace gemma_cuda::cuda

@@ -1,0 +1,272 @@
+// One block a row of logits. Every filter is a cut in the order "likelier first, equal ones by token": top-k and top-p
+// find theirs by radix selection over the bits of the score, digit by digit from the top, with counts or probability
+// mass as the weight of a token; no sort. Mass is summed in fixed point (2^-40), so the result does not depend on the
+// order of the atomics. The row stays in L2 between the passes; a greedy row takes one pass.
+#include <cmath>
+
+#include "cuda/check.h"
+#include "cuda/sample.h"
+#include "ops/philox.h"
+
+namespace gemma_cuda::cuda {
+namespace {
+
+constexpr int kThreads = 1024;
+
+// Larger floats have larger keys.
+__device__ uint32_t key_of(float x) {
+  const uint32_t bits = __float_as_uint(x + 0.0f);  // -0 and 0 are equal
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+struct Best {
+  float value;
+  uint32_t token;
+  __device__ void take(float other, uint32_t at) {
+    if (other > value || (other == value && at < token)) value = other, token = at;
+  }
+};
+
+template <class T, class F>
+__device__ T block_reduce(T mine, F combine) {
+  __shared__ T partial[32];
+  auto shuffle = [](T x, int offset) {
+    T out;
+    uint32_t words[sizeof(T) / 4];
+    memcpy(words, &x, sizeof x);
+    for (uint32_t& word : words) word = __shfl_xor_sync(~0u, word, offset);
+    memcpy(&out, words, sizeof out);
+    return out;
+  };
+  for (int offset = 16; offset > 0; offset /= 2) mine = combine(mine, shuffle(mine, offset));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = mine;
+  __syncthreads();
+  mine = partial[threadIdx.x % 32];
+  for (int offset = 16; offset > 0; offset /= 2) mine = combine(mine, shuffle(mine, offset));
+  __syncthreads();
+  return mine;
+}
+
+template <class F>
+__device__ Best block_best(uint32_t vocab, F value) {
+  Best best{-INFINITY, ~0u};
+  for (uint32_t i = threadIdx.x; i < vocab; i += kThreads) best.take(value(i), i);
+  return block_reduce(best, [](Best a, Best b) {
+    a.take(b.value, b.token);
+    return a;
+  });
+}
+
+// The digit at which the weights of the 256 bins, added from the highest down, reach `target`; `above` becomes what the
+// bins above it hold.
+struct Digit {
+  uint32_t digit;
+  uint64_t above;
+};
+
+__device__ Digit find_digit(const unsigned long long* bins, uint64_t target) {
+  __shared__ Digit found;
+  if (threadIdx.x < 32) {
+    // Lane l owns the eight bins below 256 - 8 l.
+    const uint32_t high = 255 - threadIdx.x * 8;
+    uint64_t mine = 0;
+    for (uint32_t i = 0; i < 8; ++i) mine += bins[high - i];
+    uint64_t upto = mine;
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const uint64_t left = __shfl_up_sync(~0u, upto, offset);
+      if (threadIdx.x >= offset) upto += left;
+    }
+    const uint32_t reached = __ballot_sync(~0u, upto >= target);
+    const uint32_t lane = reached ? __ffs(reached) - 1 : 31;
+    if (threadIdx.x == lane) {
+      uint64_t above = upto - mine;
+      uint32_t bin = high;
+      while (bin > high - 7 && above + bins[bin] < target) above += bins[bin--];
+      found = {bin, above};
+    }
+  }
+  __syncthreads();
+  const Digit out = found;
+  __syncthreads();
+  return out;
+}
+
+struct Selected {
+  uint32_t key;        // the key at which the weights, from the largest key down, reach the target
+  uint64_t remaining;  // of the target, to be had from items with that very key
+};
+
+// Selects over the low `bits` bits (a multiple of 8) of the keys. visit(use) calls use(key, weight) for the thread's
+// share of the items.
+template <class F>
+__device__ Selected select(int bits, uint64_t target, F visit) {
+  __shared__ unsigned long long bins[256];
+  uint32_t prefix = 0;
+  for (int shift = bits - 8; shift >= 0; shift -= 8) {
+    for (uint32_t i = threadIdx.x; i < 256; i += kThreads) bins[i] = 0;
+    __syncthreads();
+    visit([&](uint32_t key, uint64_t weight) {
+      if (shift + 8 == bits || key >> (shift + 8) == prefix)
+        atomicAdd(&bins[key >> shift & 255], static_cast<unsigned long long>(weight));
+    });
+    __syncthreads();
+    const Digit digit = find_digit(bins, target);
+    prefix = prefix << 8 | digit.digit;
+    target -= digit.above;
+  }
+  return {prefix, target};
+}
+
+// The tokens at or before a place in the order.
+struct Cut {
+  uint32_t key = 0;
+  uint32_t last_token = ~0u;  // among those with that key
+  __device__ bool has(uint32_t k, uint32_t token) const { return k > key || (k == key && token <= last_token); }
+};
+
+// The cut that leaves the first `count` of the tokens with this key.
+template <class F>
+__device__ Cut cut_at(uint32_t vocab, uint32_t key, uint64_t count, F key_at) {
+  const Selected token = select(24, count, [&](auto use) {
+    for (uint32_t i = threadIdx.x; i < vocab; i += kThreads)
+      if (key_at(i) == key) use(~i & 0xffffffu, 1);
+  });
+  return {key, ~token.key & 0xffffffu};
+}
+
+template <class F>
+__device__ Cut cut_top_k(uint32_t vocab, uint32_t k, F key_at) {
+  const Selected found = select(32, k, [&](auto use) {
+    for (uint32_t i = threadIdx.x; i < vocab; i += kThreads) use(key_at(i), 1);
+  });
+  return cut_at(vocab, found.key, found.remaining, key_at);
+}
+
+__device__ uint64_t mass_of(float score) {
+  return score < -28.0f ? 0 : static_cast<uint64_t>(static_cast<double>(expf(score)) * 0x1p40);
+}
+
+// The shortest run of the likeliest within `kept` whose mass reaches top_p of all of it.
+template <class S>
+__device__ Cut cut_top_p(uint32_t vocab, float top_p, const Cut& kept, S score) {
+  auto visit = [&](auto use) {
+    for (uint32_t i = threadIdx.x; i < vocab; i += kThreads) {
+      const float s = score(i);
+      if (s >= -28.0f && kept.has(key_of(s), i)) use(key_of(s), mass_of(s));
+    }
+  };
+  uint64_t mine = 0;
+  visit([&](uint32_t, uint64_t mass) { mine += mass; });
+  const uint64_t total = block_reduce(mine, [](uint64_t a, uint64_t b) { return a + b; });
+  const uint64_t target = max(uint64_t{1}, static_cast<uint64_t>(ceil(static_cast<double>(top_p) * total)));
+  const Selected found = select(32, target, visit);
+  const uint32_t bits = found.key & 0x80000000u ? found.key & 0x7fffffffu : ~found.key;
+  const uint64_t each = max(uint64_t{1}, mass_of(__uint_as_float(bits)));
+  const Cut cut =
+      cut_at(vocab, found.key, (found.remaining + each - 1) / each, [&](uint32_t i) { return key_of(score(i)); });
+  return cut.key == kept.key ? Cut{cut.key, min(cut.last_token, kept.last_token)} : cut;
+}
+
+// As reference/sampler.cpp has it.
+__device__ float gumbel(uint64_t seed, uint32_t step, uint32_t token) {
+  const Philox bits = philox(seed, {token / 4, step, 0, 0});
+  const float v = fminf((static_cast<float>(bits[token % 4]) + 0.5f) * 0x1p-32f, 1 - 0x1p-24f);
+  return -logf(-log1pf(-v));
+}
+
+__device__ uint32_t draw(const SampleTask& task, const float* logits, uint32_t vocab, float top) {
+  auto score = [&](uint32_t i) { return (logits[i] - top) / task.temperature; };  // the best is 0
+  Cut cut;
+  if (task.top_k != 0 && task.top_k < vocab)
+    cut = cut_top_k(vocab, task.top_k, [&](uint32_t i) { return key_of(score(i)); });
+  if (task.top_p < 1) cut = cut_top_p(vocab, task.top_p, cut, score);
+  const float floor = task.min_p > 0 ? logf(task.min_p) : -INFINITY;
+  return block_best(vocab,
+                    [&](uint32_t i) {
+                      const float s = score(i);
+                      // Noise spans less than 32, so what lies further below the best cannot win.
+                      if (s <= -32.0f || s < floor || !cut.has(key_of(s), i)) return -INFINITY;
+                      return s + gumbel(task.seed, task.step, i);
+                    })
+      .token;
+}
+
+__device__ void report_top(const float* logits, uint32_t vocab, uint32_t count, TopEntry* to) {
+  __shared__ uint32_t next;
+  const Cut cut = cut_top_k(vocab, min(count, vocab), [&](uint32_t i) { return key_of(logits[i]); });
+  if (threadIdx.x == 0) next = 0;
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < vocab; i += kThreads)
+    if (cut.has(key_of(logits[i]), i)) to[atomicAdd(&next, 1)] = {i, logits[i]};
+  __syncthreads();
+}
+
+struct Softmax {  // running
+  float best, sum;
+  __device__ void take(float x) {
+    if (x > best) {
+      sum = sum * expf(best - x) + 1;
+      best = x;
+    } else if (x != -INFINITY) {
+      sum += expf(x - best);
+    }
+  }
+};
+
+__global__ void __launch_bounds__(kThreads)
+    sample_kernel(float* all, uint32_t vocab, const SampleTask* tasks, const Adjustment* adjustments, float* saved,
+                  SampleResult* results, TopEntry* tops, uint32_t max_top) {
+  const SampleTask task = tasks[blockIdx.x];
+  float* logits = all + size_t{task.row} * vocab;
+
+  Softmax softmax{-INFINITY, 0};
+  Best best{-INFINITY, ~0u};
+  uint32_t finite = 1;
+  for (uint32_t i = threadIdx.x; i < vocab; i += kThreads) {
+    const float x = logits[i];
+    finite &= x == x;
+    softmax.take(x);
+    best.take(x, i);
+  }
+  best = block_reduce(best, [](Best a, Best b) {
+    a.take(b.value, b.token);
+    return a;
+  });
+  finite = block_reduce(finite, [](uint32_t a, uint32_t b) { return a & b; }) && isfinite(best.value);
+  const float mine = softmax.sum == 0 ? 0 : softmax.sum * expf(softmax.best - best.value);
+  const float mass = block_reduce(mine, [](float a, float b) { return a + b; });
+
+  uint32_t token = task.scored;
+  const bool picks = task.scored == SampleTask::kSample;
+  if (finite && picks) {
+    const bool adjusted = task.first_adjustment != task.end_adjustment;
+    for (uint32_t i = task.first_adjustment + threadIdx.x; i < task.end_adjustment; i += kThreads) {
+      const Adjustment change = adjustments[i];
+      float x = saved[i] = logits[change.token];
+      x += change.bias;
+      x = (x > 0 ? x / change.repetition : x * change.repetition) - change.subtract;
+      logits[change.token] = change.forbidden ? -INFINITY : x;
+    }
+    __syncthreads();
+    Best competing = best;
+    if (adjusted) competing = block_best(vocab, [&](uint32_t i) { return logits[i]; });
+    token = task.temperature == 0 ? competing.token : draw(task, logits, vocab, competing.value);
+    __syncthreads();
+    for (uint32_t i = task.first_adjustment + threadIdx.x; i < task.end_adjustment; i += kThreads)
+      logits[adjustments[i].token] = saved[i];
+    __syncthreads();
+  }
+  if (finite && task.top > 0) report_top(logits, vocab, task.top, tops + size_t{blockIdx.x} * max_top);
+  if (threadIdx.x == 0) results[blockIdx.x] = {token, finite ? logits[token] : 0, best.value + logf(mass), finite};
+}
+
+}  // namespace
+
+void sample(float* logits, uint32_t vocab, const SampleTask* tasks, uint32_t count, const Adjustment* adjustments,
+            float* saved, SampleResult* results, TopEntry* tops, uint32_t max_top, cudaStream_t stream) {
+  sample_kernel<<<count, kThreads, 0, stream>>>(logits, vocab, tasks, adjustments, saved, results, tops, max_top);
+  GEMMA_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace gemma_cuda::cuda

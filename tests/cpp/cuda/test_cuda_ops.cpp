@@ -1,0 +1,355 @@
+// Every operation of the CUDA backend against the reference backend in bf16, at the shapes of real models, on ragged
+// batches with single tokens, page boundaries, windows that are crossed and thousands of cached tokens. Outputs are
+// poisoned before, inputs are new each run.
+#include <algorithm>
+#include <cstring>
+
+#include "../check.h"
+#include "gpu.h"
+#include "ops/backend.h"
+#include "ops/convert.h"
+
+using namespace gemma_cuda;
+using std::vector;
+
+namespace {
+
+struct Model {
+  const char* name;
+  uint32_t hidden, ffn, vocab, heads, kv_heads, head_dim, window;
+  float soft_cap;
+  bool qk_norm, post_norms;
+};
+
+constexpr Model kModels[] = {
+    {"gemma-7b", 3072, 24576, 256000, 16, 16, 256, 0, 0, false, false},
+    {"gemma-2b", 2048, 16384, 256000, 8, 1, 256, 0, 0, false, false},
+    {"gemma-2-27b", 4608, 36864, 256000, 32, 16, 128, 4096, 50, false, true},
+    {"gemma-3-270m", 640, 2048, 262144, 4, 1, 256, 512, 0, true, true},
+    {"gemma-3-4b", 2560, 10240, 262208, 8, 4, 256, 1024, 0, true, true},
+    {"tiny", 96, 192, 512, 4, 2, 32, 8, 30, true, true},
+    {"narrow", 64, 136, 509, 16, 1, 16, 5, 0, false, false},
+    {"middle", 256, 512, 1000, 6, 2, 64, 33, 0, true, false},
+};
+
+// Two rounded results of nearly equal float32 values; where P is rounded too, twice that.
+constexpr double kLimit = 0x1p-8;
+
+class Suite {
+ public:
+  explicit Suite(std::unique_ptr<Backend> gpu)
+      : gpu_(std::move(gpu)), reference_(make_reference_backend(0, DType::bf16)) {}
+
+  // Data on both devices.
+  template <class T>
+  struct Both {
+    vector<T> host;  // the reference's
+    Buffer device;
+    T* gpu() const { return device.as<T>(); }
+  };
+  template <class T>
+  Both<T> both(vector<T> values) {
+    Both<T> out{std::move(values), Buffer(*gpu_, values.size() * sizeof(T))};
+    out.device = Buffer(*gpu_, out.host.size() * sizeof(T));
+    if (!out.host.empty()) gpu_->upload(out.device.data(), out.host.data(), out.host.size() * sizeof(T));
+    return out;
+  }
+  Both<bf16> random(size_t count, float deviation = 1) {
+    vector<bf16> out;
+    out.reserve(count);
+    for (float x : test::normal(count, deviation)) out.push_back(to_bf16(x));
+    return both(std::move(out));
+  }
+  Both<bf16> poisoned(size_t count) { return both(vector<bf16>(count, to_bf16(NAN))); }
+  static vector<float> wide(const vector<bf16>& narrow) {
+    vector<float> out;
+    out.reserve(narrow.size());
+    for (bf16 x : narrow) out.push_back(to_float(x));
+    return out;
+  }
+  template <class T>
+  vector<T> download(const Both<T>& data) {
+    vector<T> out(data.host.size());
+    gpu_->download(out.data(), data.device.data(), out.size() * sizeof(T));
+    return out;
+  }
+  void near(const char* what, const Both<bf16>& data, double limit) {
+    report(what, test::relative_error(wide(download(data)), wide(data.host)), limit);
+  }
+  void near(const char* what, const Both<float>& data, double limit) {
+    report(what, test::relative_error(download(data), data.host), limit);
+  }
+  static void report(const char* what, double error, double limit) {
+    std::printf("  %-28s %.2e (limit %.1e)\n", what, error, limit);
+    CHECK(error < limit);
+  }
+
+  void embed(const Model& m) {
+    auto table = random(size_t{64} * m.hidden);
+    auto ids = both(vector<uint32_t>{0, 63, 5, 5, 17});
+    auto out = both(vector<float>(5 * size_t{m.hidden}, NAN));
+    const float scale = 55.5f;
+    reference_->embed({ids.host.data(), 5, {table.host.data(), DType::bf16, 64, m.hidden}, scale, out.host.data()});
+    gpu_->embed({ids.gpu(), 5, {table.gpu(), DType::bf16, 64, m.hidden}, scale, out.gpu()});
+    CHECK(download(out) == out.host);
+  }
+
+  void norm(const Model& m) {
+    const uint32_t t = 7;
+    auto residual = both(test::normal(size_t{t} * m.hidden, 3));
+    auto delta = random(size_t{t} * m.hidden);
+    auto weight = both(test::normal(m.hidden, 0.3f)), post = both(test::normal(m.hidden, 0.3f));
+    auto out = poisoned(size_t{t} * m.hidden);
+    const bool posts = m.post_norms;
+    NormArgs args{.residual = residual.host.data(),
+                  .delta = delta.host.data(),
+                  .delta_weight = posts ? post.host.data() : nullptr,
+                  .weight = weight.host.data(),
+                  .out = out.host.data(),
+                  .tokens = t,
+                  .hidden = m.hidden,
+                  .eps = 1e-6f};
+    reference_->norm(args);
+    args.residual = residual.gpu(), args.delta = delta.gpu(), args.delta_weight = posts ? post.gpu() : nullptr;
+    args.weight = weight.gpu(), args.out = out.gpu();
+    gpu_->norm(args);
+    near("norm: residual", residual, 2e-6);
+    near("norm", out, kLimit);
+    auto rows = both(vector<uint32_t>{t - 1, 2});
+    auto picked = poisoned(2 * size_t{m.hidden});
+    args = {.residual = residual.host.data(),
+            .rows = rows.host.data(),
+            .weight = weight.host.data(),
+            .out = picked.host.data(),
+            .tokens = 2,
+            .hidden = m.hidden,
+            .eps = 1e-6f};
+    reference_->norm(args);
+    args.residual = residual.gpu(), args.rows = rows.gpu(), args.weight = weight.gpu(), args.out = picked.gpu();
+    gpu_->norm(args);
+    near("norm of some rows", picked, kLimit);
+  }
+
+  void gemm(uint32_t t, uint32_t n, uint32_t k, DType out_dtype) {
+    auto x = random(size_t{t} * k);
+    auto w = random(size_t{n} * k, 0.1f);
+    char what[80];
+    std::snprintf(what, sizeof what, "gemm %u x %u x %u", t, n, k);
+    if (out_dtype == DType::f32) {
+      auto out = both(vector<float>(size_t{t} * n, NAN));
+      reference_->gemm({x.host.data(), {w.host.data(), DType::bf16, n, k}, out.host.data(), out_dtype, t});
+      gpu_->gemm({x.gpu(), {w.gpu(), DType::bf16, n, k}, out.gpu(), out_dtype, t});
+      near(what, out, 1e-5);
+    } else {
+      auto out = poisoned(size_t{t} * n);
+      reference_->gemm({x.host.data(), {w.host.data(), DType::bf16, n, k}, out.host.data(), out_dtype, t});
+      gpu_->gemm({x.gpu(), {w.gpu(), DType::bf16, n, k}, out.gpu(), out_dtype, t});
+      near(what, out, kLimit);
+    }
+  }
+
+  void geglu(const Model& m) {
+    auto x = random(size_t{5} * 2 * m.ffn, 3);
+    auto out = poisoned(size_t{5} * m.ffn);
+    reference_->geglu({x.host.data(), out.host.data(), 5, m.ffn});
+    gpu_->geglu({x.gpu(), out.gpu(), 5, m.ffn});
+    near("geglu", out, kLimit);
+  }
+
+  void soft_cap() {
+    auto x = both(test::normal(3 * 1001, 60));
+    reference_->soft_cap({x.host.data(), 3, 1001, 30});
+    gpu_->soft_cap({x.gpu(), 3, 1001, 30});
+    near("soft cap", x, 1e-6);
+  }
+
+  // Sequences of some cached and some new tokens on shuffled pages.
+  struct Batch {
+    uint32_t page_size, max_pages = 0, pages = 0;
+    vector<uint32_t> lengths, news, cu{0}, table, positions, slots;
+    Batch(uint32_t size, vector<std::pair<uint32_t, uint32_t>> cached_and_new) : page_size(size) {
+      for (auto [cached, fresh] : cached_and_new) {
+        lengths.push_back(cached + fresh);
+        news.push_back(fresh);
+        max_pages = std::max(max_pages, (cached + fresh + size - 1) / size);
+      }
+      pages = static_cast<uint32_t>(lengths.size()) * max_pages;
+      table.resize(pages);
+      for (uint32_t i = 0; i < pages; ++i) table[i] = i;
+      std::ranges::shuffle(table, test::random());
+      for (size_t s = 0; s < lengths.size(); ++s) {
+        cu.push_back(cu.back() + news[s]);
+        for (uint32_t p = lengths[s] - news[s]; p < lengths[s]; ++p) {
+          positions.push_back(p);
+          slots.push_back(table[s * max_pages + p / size] * size + p % size);
+        }
+      }
+    }
+    uint32_t tokens() const { return cu.back(); }
+  };
+
+  void attention(const char* what, const Model& m, const Batch& batch, uint32_t window) {
+    const size_t cache = size_t{batch.pages} * m.kv_heads * batch.page_size * m.head_dim;
+    const size_t rows = size_t{batch.tokens()} * m.heads * m.head_dim;
+    auto q = random(rows), keys = random(cache), values = random(cache), out = poisoned(rows);
+    auto cu = both(batch.cu), kv_len = both(batch.lengths), table = both(batch.table);
+    AttentionArgs args{
+        .q = q.host.data(),
+        .cache = {keys.host.data(), values.host.data(), DType::bf16, batch.page_size, m.kv_heads, m.head_dim},
+        .cu_seqlens = cu.host.data(),
+        .kv_len = kv_len.host.data(),
+        .block_table = table.host.data(),
+        .sequences = static_cast<uint32_t>(batch.lengths.size()),
+        .max_pages = batch.max_pages,
+        .max_new = *std::ranges::max_element(batch.news),
+        .heads = m.heads,
+        .window = window,
+        .scale = 1.5f / std::sqrt(static_cast<float>(m.head_dim)),
+        .soft_cap = m.soft_cap,
+        .out = out.host.data(),
+        .tokens = batch.tokens()};
+    reference_->attention(args);
+    args.q = q.gpu(), args.cache.keys = keys.gpu(), args.cache.values = values.gpu(), args.out = out.gpu();
+    args.cu_seqlens = cu.gpu(), args.kv_len = kv_len.gpu(), args.block_table = table.gpu();
+    gpu_->attention(args);
+    near(what, out, 2 * kLimit);
+    const vector<bf16> first = download(out);
+    for (int i = 0; i < 3; ++i) {
+      gpu_->attention(args);
+      const vector<bf16> again = download(out);
+      CHECK(std::memcmp(again.data(), first.data(), again.size() * sizeof(bf16)) == 0);
+    }
+  }
+
+  void rope(const Model& m, const Batch& batch) {
+    const uint32_t t = batch.tokens(), d = m.head_dim;
+    auto qkv = random(size_t{t} * (m.heads + 2 * m.kv_heads) * d);
+    auto q_norm = both(test::normal(d, 0.3f)), k_norm = both(test::normal(d, 0.3f));
+    vector<float> inverse;
+    for (uint32_t i = 0; i < d / 2; ++i) inverse.push_back(std::pow(10000.0f, -2.0f * float(i) / float(d)));
+    auto frequency = both(inverse);
+    const size_t cache = size_t{batch.pages} * m.kv_heads * batch.page_size * d;
+    auto keys = both(vector<bf16>(cache, to_bf16(0))), values = both(vector<bf16>(cache, to_bf16(0)));
+    auto q = poisoned(size_t{t} * m.heads * d);
+    auto positions = both(batch.positions), slots = both(batch.slots);
+    RopeArgs args{.qkv = qkv.host.data(),
+                  .positions = positions.host.data(),
+                  .slots = slots.host.data(),
+                  .inverse_frequency = frequency.host.data(),
+                  .q_norm = m.qk_norm ? q_norm.host.data() : nullptr,
+                  .k_norm = m.qk_norm ? k_norm.host.data() : nullptr,
+                  .eps = 1e-6f,
+                  .heads = m.heads,
+                  .q = q.host.data(),
+                  .cache = {keys.host.data(), values.host.data(), DType::bf16, batch.page_size, m.kv_heads, d},
+                  .tokens = t};
+    reference_->rope(args);
+    args.qkv = qkv.gpu(), args.positions = positions.gpu(), args.slots = slots.gpu();
+    args.inverse_frequency = frequency.gpu(), args.q_norm = m.qk_norm ? q_norm.gpu() : nullptr;
+    args.k_norm = m.qk_norm ? k_norm.gpu() : nullptr, args.q = q.gpu();
+    args.cache.keys = keys.gpu(), args.cache.values = values.gpu();
+    gpu_->rope(args);
+    near("rope: q", q, kLimit);
+    near("rope: keys", keys, kLimit);
+    near("rope: values", values, 1e-9);
+  }
+
+  // Tokens equal the reference's, for every kind of request; log-probabilities nearly.
+  void sample(uint32_t vocab) {
+    const uint32_t rows = 24;
+    auto logits = both(test::normal(size_t{rows} * vocab, 3));
+    for (uint32_t r = 0; r < rows; r += 5) logits.host[size_t{r} * vocab + 7] = 40;  // one that dominates
+    logits = both(std::move(logits.host));
+    vector<vector<uint32_t>> tokens;
+    vector<SamplingConfig> configs(rows);
+    for (uint32_t r = 0; r < rows; ++r) {
+      SamplingConfig& c = configs[r];
+      c.temperature = r % 3 == 0 ? 0.0f : 0.5f + 0.1f * float(r % 7);
+      c.top_k = r % 4 == 1 ? 1 + test::below(60) : r % 4 == 3 ? vocab - 1 : 0;
+      c.top_p = r % 5 == 2 ? 0.9f : r % 5 == 4 ? 0.3f : 1.0f;
+      c.min_p = r % 6 == 5 ? 0.05f : 0.0f;
+      c.seed = test::below(1u << 30) * uint64_t{1000003};
+      c.top_logprobs = r % 4 * 3;
+      if (r % 2) c.repetition_penalty = 1.3f, c.presence_penalty = 0.5f, c.frequency_penalty = 0.25f;
+      if (r % 7 == 3) c.logit_bias = {{3, 5.0f}, {7, -100.0f}}, c.stop_tokens = {1, 7}, c.min_new_tokens = 50;
+      vector<uint32_t>& seen = tokens.emplace_back();
+      for (uint32_t i = 0; i < 30; ++i) seen.push_back(test::below(i % 2 ? 10 : vocab));
+    }
+    vector<SampleRow> asked;
+    for (uint32_t r = 0; r < rows; ++r) asked.push_back({r, &configs[r], tokens[r], 10});
+    const auto want = reference_->sample(logits.host.data(), vocab, asked);
+    const auto got = gpu_->sample(logits.gpu(), vocab, asked);
+    CHECK(download(logits) == logits.host);  // restored
+    vector<ScoreRow> looked_up;
+    for (uint32_t r = 0; r < rows; ++r) looked_up.push_back({rows - 1 - r, test::below(vocab), r % 3});
+    const auto want_scores = reference_->score(logits.host.data(), vocab, looked_up);
+    const auto got_scores = gpu_->score(logits.gpu(), vocab, looked_up);
+    compare(got, want);
+    compare(got_scores, want_scores);
+    std::printf("  sample, vocabulary %u: %u rows equal\n", vocab, rows);
+  }
+  static void compare(const vector<ScoredToken>& got, const vector<ScoredToken>& want) {
+    CHECK(got.size() == want.size());
+    for (size_t i = 0; i < want.size(); ++i) {
+      if (got[i].token != want[i].token) std::fprintf(stderr, "row %zu: %u, not %u\n", i, got[i].token, want[i].token);
+      CHECK(got[i].token == want[i].token);
+      CHECK(std::abs(got[i].logprob - want[i].logprob) < 2e-5f * std::max(1.0f, std::abs(want[i].logprob)));
+      CHECK(got[i].top.size() == want[i].top.size());
+      for (size_t j = 0; j < want[i].top.size(); ++j) CHECK(got[i].top[j].token == want[i].top[j].token);
+    }
+  }
+
+  void model(const Model& m) {
+    std::printf("%s\n", m.name);
+    embed(m);
+    norm(m);
+    geglu(m);
+    const uint32_t width = m.heads * m.head_dim, qkv = (m.heads + 2 * m.kv_heads) * m.head_dim;
+    for (uint32_t t : {1u, 3u, 64u}) {
+      gemm(t, qkv, m.hidden, DType::bf16);
+      gemm(t, m.hidden, width, DType::bf16);
+    }
+    gemm(5, 2 * m.ffn, m.hidden, DType::bf16);
+    gemm(5, m.hidden, m.ffn, DType::bf16);
+    gemm(300, qkv, m.hidden, DType::bf16);
+    gemm(2, m.vocab / 8, m.hidden, DType::f32);
+    const uint32_t w = m.window;
+    for (uint32_t page_size : {1u, 5u, 32u}) {
+      const Batch ragged(page_size, {{0, 1}, {17, 1}, {31, 2}, {0, 70}, {100, 33}, {3, 1}, {1, 64}, {63, 65}});
+      rope(m, ragged);
+      attention("attention, ragged", m, ragged, 0);
+      attention("attention, ragged, window", m, ragged, w == 0 ? 20 : std::min(w, 40u));
+    }
+    const Batch decode(32, {{0, 1}, {2999, 1}, {31, 1}, {32, 1}, {33, 1}, {511, 1}, {512, 1}, {700, 1}, {4200, 1}});
+    attention("attention, decode", m, decode, 0);
+    attention("attention, decode, window", m, decode, w == 0 ? 100 : w);
+    const Batch one(32, {{2500, 1}});
+    attention("attention, one row", m, one, w);
+    const Batch prefill(32, {{0, 700}, {1500, 130}, {900, 1}});
+    attention("attention, prefill", m, prefill, 0);
+    attention("attention, prefill, window", m, prefill, w == 0 ? 100 : w);
+  }
+
+  void many_sequences() {
+    vector<std::pair<uint32_t, uint32_t>> sequences;
+    for (int i = 0; i < 300; ++i) sequences.push_back({test::below(200), 1});
+    attention("attention, 300 rows", kModels[3], Batch(32, sequences), 0);
+    attention("attention, 300 rows", kModels[2], Batch(32, sequences), 50);
+  }
+
+ private:
+  std::unique_ptr<Backend> gpu_, reference_;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Suite suite(test::gpu());
+  const std::string only = argc > 1 ? argv[1] : "";  // one model's name: what a sanitizer has time for
+  for (const Model& model : kModels)
+    if (only.empty() || only == model.name) suite.model(model);
+  suite.soft_cap();
+  for (uint32_t vocab : {509u, 262144u})
+    if (only.empty() || vocab < 1000) suite.sample(vocab);
+  if (only.empty()) suite.many_sequences();
+}
