@@ -32,7 +32,7 @@ pub(crate) mod ffi {
     }
 
     /// A whole model, as data.
-    #[derive(Clone, Debug, PartialEq)]
+    #[derive(Clone, Debug, Default, PartialEq)]
     struct ModelSpec {
         /// Rows of the embedding; valid token ids are `0..vocab_size`.
         vocab_size: u32,
@@ -80,6 +80,8 @@ pub(crate) mod ffi {
         max_logit_rows: u32,
         /// Threads of the reference backend; 0 for all cores.
         threads: u32,
+        /// Capture decode steps as graphs, where the device can.
+        graphs: bool,
         /// Keep the pages of finished sequences and reuse them for prompts that start alike.
         prefix_cache: bool,
     }
@@ -198,6 +200,8 @@ pub(crate) mod ffi {
         /// One line: backend, instruction set or GPU, threads.
         fn device_name(self: &Engine) -> String;
         fn load_tensor(self: Pin<&mut Engine>, name: &str, dtype: DType, shape: &[u64], bytes: &[u8]) -> Result<()>;
+        /// Random weights instead.
+        fn load_random(self: Pin<&mut Engine>, seed: u64) -> Result<()>;
         /// After the last tensor: an error names what is missing.
         fn finish_loading(self: Pin<&mut Engine>) -> Result<()>;
 

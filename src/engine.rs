@@ -25,6 +25,7 @@ impl Default for EngineOptions {
             max_sequences: 64,
             max_logit_rows: 64,
             threads: 0,
+            graphs: true,
             prefix_cache: true,
         }
     }
@@ -107,6 +108,14 @@ impl Engine {
     /// `InvalidArgument` for a name the model does not have or that came before, or a shape that does not fit.
     pub fn load_tensor(&mut self, name: &str, dtype: DType, shape: &[u64], bytes: &[u8]) -> Result<()> {
         Ok(self.core.pin_mut().load_tensor(name, dtype, shape, bytes)?)
+    }
+
+    /// Fills the model with random weights instead, for measuring a shape without its weights.
+    ///
+    /// # Errors
+    /// `Device` where the device fails.
+    pub fn load_random(&mut self, seed: u64) -> Result<()> {
+        Ok(self.core.pin_mut().load_random(seed)?)
     }
 
     /// To be called after the last tensor.

@@ -1,7 +1,9 @@
 //! From a checkpoint to an engine that can step, and that engine as the scheduler sees it.
 
 use crate::checkpoint::Checkpoint;
-use crate::engine::{DType, Engine, EngineOptions, ItemOutput, MemoryBudget, SamplingConfig, StepItem, memory_budget};
+use crate::engine::{
+    DType, Engine, EngineOptions, ItemOutput, MemoryBudget, ModelSpec, SamplingConfig, StepItem, memory_budget,
+};
 use crate::generate::{Core, Limits};
 use crate::{Error, LoadOptions, Result, memory};
 
@@ -52,6 +54,19 @@ pub(crate) fn load(
         done += tensor.bytes().len() as u64;
         progress(LoadProgress { done, total });
     }
+    engine.finish_loading()?;
+    let device = engine.device_name();
+    Ok(Loaded { engine, options, device })
+}
+
+/// An engine of this shape with random weights, made where the device is.
+pub(crate) fn load_random(spec: &ModelSpec, options: &LoadOptions, seed: u64) -> Result<Loaded> {
+    let options = options.resolve(spec, true)?;
+    if options.device == "reference" || !cfg!(feature = "cuda") {
+        memory::check_host(&memory_budget(spec, &options)?)?;
+    }
+    let mut engine = Engine::new(spec, &options)?;
+    engine.load_random(seed)?;
     engine.finish_loading()?;
     let device = engine.device_name();
     Ok(Loaded { engine, options, device })

@@ -8,7 +8,7 @@ use crate::engine::{ModelSpec, SamplingConfig};
 use crate::generate::{
     DEFAULT_MAX_NEW_TOKENS, Generation, Limits, Plan, Prompt, Request, Scheduler, TextStream, Token, Usage, Worker,
 };
-use crate::load::{self, LoadProgress};
+use crate::load::{self, LoadProgress, Loaded};
 use crate::{Error, LoadOptions, Result};
 
 /// A Gemma model on a device, ready to generate.
@@ -67,19 +67,41 @@ impl Gemma {
             checkpoint.check_weights()?;
         }
         let loaded = load::load(&checkpoint, &options, &mut progress)?;
-        let limits = loaded.limits();
-        tracing::info!(device = loaded.device, ?limits, "loaded {}", dir.as_ref().display());
-        let shared = Shared {
+        tracing::info!(device = loaded.device, limits = ?loaded.limits(), "loaded {}", dir.as_ref().display());
+        Self::start(loaded, |shared| Shared {
             stop_tokens: stop_tokens(&checkpoint),
             spec: checkpoint.spec().clone(),
-            limits,
-            device: loaded.device,
             generation_config: checkpoint.generation_config().clone(),
             tokenizer: checkpoint.tokenizer().cloned(),
             chat_template: checkpoint.chat_template().cloned(),
+            ..shared
+        })
+    }
+
+    /// A model of this shape (see [`named_shape`](crate::checkpoint::named_shape)) with random weights, which are made
+    /// on the device: its speed is that of the real one. It takes and gives tokens, and nothing but their number ends a
+    /// generation.
+    ///
+    /// # Errors
+    /// Those of [`Gemma::load`] that concern options and the device.
+    pub fn random(spec: &ModelSpec, options: &LoadOptions, seed: u64) -> Result<Self> {
+        let loaded = load::load_random(spec, options, seed)?;
+        Self::start(loaded, |shared| Shared { spec: spec.clone(), ..shared })
+    }
+
+    fn start(loaded: Loaded, describe: impl FnOnce(Shared) -> Shared) -> Result<Self> {
+        let limits = loaded.limits();
+        let shared = Shared {
+            stop_tokens: Vec::new(),
+            spec: ModelSpec::default(),
+            limits,
+            device: loaded.device,
+            generation_config: GenerationConfig::default(),
+            tokenizer: None,
+            chat_template: None,
             worker: Worker::spawn(Scheduler::new(loaded.engine, limits))?,
         };
-        Ok(Gemma { shared: Arc::new(shared) })
+        Ok(Gemma { shared: Arc::new(describe(shared)) })
     }
 
     /// Starts a generation. It runs at once if there is room, and otherwise after those that came before.

@@ -1,5 +1,6 @@
 //! Every tiny model against logits, hidden states and greedy generations that Hugging Face transformers computed in
-//! float32 with eager attention.
+//! float32 with eager attention. What is compared in bfloat16 runs on GEMMA_CUDA_TEST_DEVICE, such as `cuda:0`, if that is
+//! set. GEMMA_CUDA_TEST_ROOT is where the repository is, if not where it was built.
 
 use std::path::PathBuf;
 
@@ -23,7 +24,12 @@ const MODELS: [&str; 11] = [
 ];
 
 fn dir(model: &str) -> PathBuf {
-    [env!("CARGO_MANIFEST_DIR"), "tests/golden/tiny", model].iter().collect()
+    let root = std::env::var("GEMMA_CUDA_TEST_ROOT").unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").into());
+    [&root, "tests/golden/tiny", model].iter().collect()
+}
+
+fn device() -> String {
+    std::env::var("GEMMA_CUDA_TEST_DEVICE").unwrap_or_else(|_| "reference".into())
 }
 
 fn report(model: &str, options: LoadOptions) -> Report {
@@ -54,7 +60,8 @@ fn float32_is_the_reference_but_for_rounding() {
 #[test]
 fn bfloat16_is_as_near_as_the_reference_in_bfloat16() {
     for model in MODELS {
-        let report = report(model, LoadOptions { device: "reference".into(), ..Default::default() });
+        let report = report(model, LoadOptions { device: device(), ..Default::default() });
+        println!("{model}: {:?} (the reference in bfloat16: {})", report.logits, reference_noise(model));
         // Where one rounding falls is luck, so the largest of 170 000 differences may be a quarter more than theirs.
         let tolerance = Tolerance { max_abs: Some(1.25 * reference_noise(model)), ..Default::default() };
         assert_within(model, &report, tolerance);
@@ -118,6 +125,45 @@ fn a_ragged_batch_generates_the_reference_tokens() {
     }
 }
 
+/// Captured steps, steps that are not, and repetitions of both: the same bits.
+#[test]
+fn captured_steps_and_repetitions_give_the_same_bits() {
+    for model in ["gemma1-mha", "gemma2-hd256", "gemma3-mqa"] {
+        let checkpoint = Checkpoint::open(&dir(model)).unwrap();
+        let golden = golden_prompts(model);
+        let mut first = None;
+        for graphs in [true, false] {
+            let options = EngineOptions { device: device(), graphs, prefix_cache: false, ..Default::default() };
+            let mut engine = load(&checkpoint, &options);
+            for _ in 0..10 {
+                let logits = decode_together(&mut engine, &golden);
+                assert!(logits.iter().all(|logit| logit.is_finite()));
+                assert!(*first.get_or_insert_with(|| logits.clone()) == logits, "{model}, graphs {graphs}");
+            }
+        }
+    }
+}
+
+/// The logits of ten greedy steps of all prompts side by side, after a first step that feeds the prompts.
+fn decode_together(engine: &mut Engine, prompts: &[GoldenPrompt]) -> Vec<f32> {
+    let mut add = |prompt: &GoldenPrompt| {
+        let ids = &prompt.tokens[..prompt.prompt];
+        engine.add_sequence(ids, ids.len() as u32, &SamplingConfig::default(), false).unwrap()
+    };
+    let sequences: Vec<u32> = prompts.iter().map(&mut add).collect();
+    let mut logits = Vec::new();
+    for step in 0..10 {
+        let item = |(&sequence, prompt): (&u32, &GoldenPrompt)| {
+            let tokens = if step == 0 { prompt.prompt as u32 } else { 1 };
+            StepItem { sample: true, logits: step > 0, ..StepItem::feed(sequence, tokens) }
+        };
+        let items: Vec<StepItem> = sequences.iter().zip(prompts).map(item).collect();
+        engine.step(&items).unwrap().into_iter().for_each(|output| logits.extend(output.logits));
+    }
+    sequences.into_iter().for_each(|sequence| engine.remove_sequence(sequence).unwrap());
+    logits
+}
+
 struct GoldenPrompt {
     /// The prompt and all that was generated after it but the last.
     tokens: Vec<u32>,
@@ -160,7 +206,11 @@ fn engine(checkpoint: &Checkpoint, page_size: u32, max_batch_tokens: u32) -> Eng
         prefix_cache: false,
         ..Default::default()
     };
-    let mut engine = Engine::new(checkpoint.spec(), &options).unwrap();
+    load(checkpoint, &options)
+}
+
+fn load(checkpoint: &Checkpoint, options: &EngineOptions) -> Engine {
+    let mut engine = Engine::new(checkpoint.spec(), options).unwrap();
     for tensor in checkpoint.tensors() {
         engine.load_tensor(tensor.name(), tensor.dtype(), tensor.shape(), tensor.bytes()).unwrap();
     }

@@ -1,5 +1,6 @@
 //! The real Gemma 3 270M against values Hugging Face transformers computed in float32. Run `scripts/fetch-model`
-//! first; without the model these tests say that they did not run, and fail where `CI` is set.
+//! first; without the model these tests say that they did not run, and fail where `CI` is set. What is compared in bfloat16
+//! runs on GEMMA_CUDA_TEST_DEVICE, such as `cuda:0`, if that is set.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +9,8 @@ use gemma_cuda::engine::{DType, Engine, EngineOptions, SamplingConfig, StepItem}
 use serde_json::Value;
 
 fn path(relative: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(relative)
+    let root = std::env::var("GEMMA_CUDA_TEST_ROOT").unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&root).join(relative)
 }
 
 fn json(name: &str) -> Value {
@@ -30,8 +32,9 @@ fn checkpoint() -> Option<Checkpoint> {
 }
 
 fn engine(checkpoint: &Checkpoint, compute: DType) -> Engine {
+    let gpu = std::env::var("GEMMA_CUDA_TEST_DEVICE").ok().filter(|_| compute == DType::BF16);
     let options = EngineOptions {
-        device: "reference".into(),
+        device: gpu.unwrap_or_else(|| "reference".into()),
         compute,
         prefix_cache: false,
         max_logit_rows: 1,

@@ -64,6 +64,7 @@ gemma_cuda::EngineOptions from_rust(const EngineOptions& options) {
       .max_sequences = options.max_sequences,
       .max_logit_rows = options.max_logit_rows,
       .threads = options.threads,
+      .graphs = options.graphs,
       .prefix_cache = options.prefix_cache,
   };
 }
@@ -137,6 +138,8 @@ void Engine::load_tensor(rust::Str name, DType dtype, rust::Slice<const uint64_t
                          rust::Slice<const uint8_t> bytes) {
   engine_.load_tensor(view(name), from_rust(dtype), view(shape), view(bytes));
 }
+
+void Engine::load_random(uint64_t seed) { engine_.load_random(seed); }
 
 void Engine::finish_loading() { engine_.finish_loading(); }
 

@@ -29,6 +29,7 @@ class Engine {
 
   rust::String device_name() const;
   void load_tensor(rust::Str name, DType dtype, rust::Slice<const uint64_t> shape, rust::Slice<const uint8_t> bytes);
+  void load_random(uint64_t seed);
   void finish_loading();
   uint32_t add_sequence(rust::Slice<const uint32_t> tokens, uint32_t prompt_tokens, const SamplingConfig& sampling,
                         bool reuse_prefix);

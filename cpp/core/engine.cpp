@@ -40,8 +40,8 @@ void validate(const EngineOptions& options) {
 }
 
 ForwardLimits limits(const EngineOptions& options) {
-  return {options.compute,          options.page_size,     options.pages,
-          options.max_batch_tokens, options.max_sequences, options.max_logit_rows};
+  return {options.compute,       options.page_size,      options.pages, options.max_batch_tokens,
+          options.max_sequences, options.max_logit_rows, options.graphs};
 }
 
 }  // namespace
@@ -114,6 +114,8 @@ void Engine::load_tensor(std::string_view name, DType dtype, std::span<const uin
                          std::span<const uint8_t> bytes) {
   state_->weights.load(name, dtype, shape, bytes);
 }
+
+void Engine::load_random(uint64_t seed) { state_->weights.load_random(seed); }
 
 void Engine::finish_loading() {
   state_->weights.require_all();

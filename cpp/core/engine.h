@@ -28,6 +28,7 @@ struct EngineOptions {
   uint32_t max_sequences = 64;      // alive at once
   uint32_t max_logit_rows = 64;     // rows of logits in one step
   uint32_t threads = 0;             // of the reference backend; 0: all cores
+  bool graphs = true;               // capture decode steps, where the device can
   bool prefix_cache = true;         // keep pages of finished sequences for prompts that start alike
 };
 
@@ -71,6 +72,8 @@ class Engine {
 
   // `bytes` holds the row-major tensor `name` (a canonical name of tensor_table). Converted to what the engine keeps.
   void load_tensor(std::string_view name, DType dtype, std::span<const uint64_t> shape, std::span<const uint8_t> bytes);
+  // Random weights instead, for measuring a shape without its weights.
+  void load_random(uint64_t seed);
   // After the last tensor. Throws naming the first that is missing.
   void finish_loading();
 

@@ -24,6 +24,12 @@ uint64_t pages_per_sequence(const ModelSpec& spec, const ForwardLimits& limits) 
   return std::min<uint64_t>(limits.pages, (uint64_t{spec.max_positions} + limits.page_size - 1) / limits.page_size);
 }
 
+// Words of the largest plan; a captured one is filled up to its bucket.
+uint64_t table_words(const ModelSpec& spec, const ForwardLimits& limits) {
+  const uint64_t s = decode_bucket(limits.sequences), t = std::max<uint64_t>(limits.tokens, s);
+  return 3 * t + 2 * s + 1 + s * pages_per_sequence(spec, limits) + std::max<uint64_t>(limits.logit_rows, s);
+}
+
 // sqrt(hidden), as the activations' type holds it.
 float embedding_scale(const ModelSpec& spec, DType act) {
   const float scale = std::sqrt(static_cast<float>(spec.hidden_size));
@@ -38,9 +44,8 @@ Forward::Forward(Backend& backend, const ModelSpec& spec, const Weights& weights
       weights_(weights),
       limits_(limits),
       embedding_scale_(embedding_scale(spec, limits.act)) {
-  const uint64_t t = limits.tokens, s = limits.sequences, r = limits.logit_rows, act = size_of(limits.act);
-  auto u32 = [&](uint64_t count) { return Buffer(backend, count * sizeof(uint32_t)); };
-  tables_ = {u32(t), u32(t), u32(t), u32(s + 1), u32(s), u32(s * pages_per_sequence(spec, limits)), u32(r)};
+  const uint64_t t = limits.tokens, r = limits.logit_rows, act = size_of(limits.act);
+  table_memory_ = Buffer(backend, table_words(spec, limits) * sizeof(uint32_t));
 
   const uint64_t q = widest(spec, [](const LayerSpec& l) { return l.q_width(); });
   const uint64_t qkv = widest(spec, [](const LayerSpec& l) { return l.qkv_width(); });
@@ -68,11 +73,10 @@ uint64_t Forward::kv_cache_bytes(const ModelSpec& spec, const ForwardLimits& lim
 }
 
 uint64_t Forward::activation_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
-  const uint64_t t = limits.tokens, s = limits.sequences, r = limits.logit_rows, act = size_of(limits.act);
-  const uint64_t tables = 3 * t + 2 * s + 1 + s * pages_per_sequence(spec, limits) + r;
+  const uint64_t t = limits.tokens, r = limits.logit_rows, act = size_of(limits.act);
   const uint64_t q = widest(spec, [](const LayerSpec& l) { return l.q_width(); });
   const uint64_t qkv = widest(spec, [](const LayerSpec& l) { return l.qkv_width(); });
-  return tables * sizeof(uint32_t) + t * spec.hidden_size * sizeof(float) +
+  return table_words(spec, limits) * sizeof(uint32_t) + t * spec.hidden_size * sizeof(float) +
          act *
              (t * (2 * uint64_t{spec.hidden_size} + qkv + 2 * q + 3 * uint64_t{spec.ffn_size}) + r * spec.hidden_size);
 }
@@ -82,9 +86,36 @@ uint64_t Forward::logit_bytes(const ModelSpec& spec, const ForwardLimits& limits
 }
 
 const float* Forward::run(const BatchPlan& plan, std::vector<std::vector<float>>* hidden) {
+  const bool decode = plan.max_new == 1 && plan.logit_rows.size() == plan.tokens() && hidden == nullptr;
+  if (decode && limits_.graphs && backend_.captures() && decode_bucket(plan.sequences()) <= captured_rows()) {
+    run_decode(plan);
+  } else {
+    upload(plan);
+    pass(plan, hidden);
+  }
+  return act_.logits.as<float>();
+}
+
+// Rows that a captured pass may have: what the activations hold.
+uint32_t Forward::captured_rows() const { return std::min(limits_.tokens, limits_.logit_rows); }
+
+void Forward::run_decode(const BatchPlan& plan) {
+  const uint32_t bucket = decode_bucket(plan.sequences());
+  const BatchPlan full = fill_up(plan, bucket, static_cast<uint32_t>(pages_per_sequence(spec_, limits_)));
+  upload(full);
+  CapturedPass& captured = captured_[bucket];
+  if (!captured.warm) {  // libraries choose their algorithms, scratch memory grows: nothing that can be recorded
+    pass(full, nullptr);
+    captured.warm = true;
+    return;
+  }
+  if (captured.graph == nullptr) captured.graph = backend_.capture([&] { pass(full, nullptr); });
+  captured.graph->launch();
+}
+
+void Forward::pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidden) {
   const uint32_t tokens = plan.tokens(), layers = static_cast<uint32_t>(spec_.layers.size());
-  upload(plan);
-  backend_.embed({.ids = tables_.ids.as<uint32_t>(),
+  backend_.embed({.ids = tables_.ids,
                   .tokens = tokens,
                   .table = weights_.embedding(),
                   .scale = embedding_scale_,
@@ -107,20 +138,25 @@ const float* Forward::run(const BatchPlan& plan, std::vector<std::vector<float>>
     keep_hidden(hidden, tokens);
   }
   if (hidden != nullptr) replace_last_hidden(*hidden, tokens);
-  return logits(plan);
+  logits(plan);
 }
 
 void Forward::upload(const BatchPlan& plan) {
-  auto put = [&](const Buffer& buffer, const std::vector<uint32_t>& host) {
-    if (!host.empty()) backend_.upload(buffer.data(), host.data(), host.size() * sizeof(uint32_t));
+  const uint32_t* device = table_memory_.as<uint32_t>();
+  std::vector<uint32_t> words;
+  auto put = [&](const std::vector<uint32_t>& part) {
+    const uint32_t* at = device + words.size();
+    words.insert(words.end(), part.begin(), part.end());
+    return at;
   };
-  put(tables_.ids, plan.ids);
-  put(tables_.positions, plan.positions);
-  put(tables_.slots, plan.slots);
-  put(tables_.cu_seqlens, plan.cu_seqlens);
-  put(tables_.kv_len, plan.kv_len);
-  put(tables_.block_table, plan.block_table);
-  put(tables_.logit_rows, plan.logit_rows);
+  tables_.ids = put(plan.ids);
+  tables_.positions = put(plan.positions);
+  tables_.slots = put(plan.slots);
+  tables_.cu_seqlens = put(plan.cu_seqlens);
+  tables_.kv_len = put(plan.kv_len);
+  tables_.block_table = put(plan.block_table);
+  tables_.logit_rows = put(plan.logit_rows);
+  backend_.upload(table_memory_.data(), words.data(), words.size() * sizeof(uint32_t));
 }
 
 void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
@@ -132,8 +168,8 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
 
   gemm(act_.x, weights_.matrix(weights.qkv, layer.qkv_width(), hidden), act_.qkv, limits_.act, tokens);
   backend_.rope({.qkv = act_.qkv.data(),
-                 .positions = tables_.positions.as<uint32_t>(),
-                 .slots = tables_.slots.as<uint32_t>(),
+                 .positions = tables_.positions,
+                 .slots = tables_.slots,
                  .inverse_frequency = weights.inverse_frequency.as<float>(),
                  .q_norm = weights.q_norm.as<float>(),
                  .k_norm = weights.k_norm.as<float>(),
@@ -144,9 +180,9 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
                  .tokens = tokens});
   backend_.attention({.q = act_.q.data(),
                       .cache = cache,
-                      .cu_seqlens = tables_.cu_seqlens.as<uint32_t>(),
-                      .kv_len = tables_.kv_len.as<uint32_t>(),
-                      .block_table = tables_.block_table.as<uint32_t>(),
+                      .cu_seqlens = tables_.cu_seqlens,
+                      .kv_len = tables_.kv_len,
+                      .block_table = tables_.block_table,
                       .sequences = plan.sequences(),
                       .max_pages = plan.max_pages,
                       .max_new = plan.max_new,
@@ -182,12 +218,12 @@ void Forward::gemm(const Buffer& x, Matrix w, const Buffer& out, DType out_dtype
   backend_.gemm({.x = x.data(), .w = w, .out = out.data(), .out_dtype = out_dtype, .tokens = tokens});
 }
 
-const float* Forward::logits(const BatchPlan& plan) {
+void Forward::logits(const BatchPlan& plan) {
   const uint32_t rows = static_cast<uint32_t>(plan.logit_rows.size());
   float* logits = act_.logits.as<float>();
-  if (rows == 0) return logits;
+  if (rows == 0) return;
   backend_.norm({.residual = act_.residual.as<float>(),
-                 .rows = tables_.logit_rows.as<uint32_t>(),
+                 .rows = tables_.logit_rows,
                  .weight = weights_.final_norm().as<float>(),
                  .out = act_.last.data(),
                  .tokens = rows,
@@ -196,7 +232,6 @@ const float* Forward::logits(const BatchPlan& plan) {
   gemm(act_.last, weights_.lm_head(), act_.logits, DType::f32, rows);
   if (spec_.final_soft_cap > 0)
     backend_.soft_cap({.x = logits, .rows = rows, .cols = spec_.vocab_size, .cap = spec_.final_soft_cap});
-  return logits;
 }
 
 void Forward::keep_hidden(std::vector<std::vector<float>>* hidden, uint32_t tokens) {

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <vector>
 
 #include "core/plan.h"
@@ -18,6 +20,7 @@ struct ForwardLimits {
   uint32_t tokens;      // new tokens in a pass
   uint32_t sequences;   // in a pass
   uint32_t logit_rows;  // in a pass
+  bool graphs;          // capture decode passes, where the backend can
 };
 
 class Forward {
@@ -35,8 +38,9 @@ class Forward {
   static uint64_t logit_bytes(const ModelSpec& spec, const ForwardLimits& limits);
 
  private:
-  struct Tables {  // the plan on the device
-    Buffer ids, positions, slots, cu_seqlens, kv_len, block_table, logit_rows;
+  // The plan on the device: parts of one buffer, so that it goes there in one piece.
+  struct Tables {
+    const uint32_t *ids, *positions, *slots, *cu_seqlens, *kv_len, *block_table, *logit_rows;
   };
   struct Activations {
     Buffer residual;   // [t, hidden] float32
@@ -54,7 +58,16 @@ class Forward {
     Buffer keys, values;
   };
 
+  // A decode pass of so many sequences, recorded at its second use; the first one warms up.
+  struct CapturedPass {
+    bool warm = false;
+    std::unique_ptr<Graph> graph;
+  };
+
+  uint32_t captured_rows() const;
   void upload(const BatchPlan& plan);
+  void run_decode(const BatchPlan& plan);
+  void pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidden);
   void attention_block(uint32_t layer, const BatchPlan& plan);
   void mlp_block(uint32_t layer, uint32_t tokens);
   // residual += delta (normed by `post` where the model does), then x = norm(residual, next) where there is a next.
@@ -62,16 +75,18 @@ class Forward {
   void gemm(const Buffer& x, Matrix w, const Buffer& out, DType out_dtype, uint32_t tokens);
   void keep_hidden(std::vector<std::vector<float>>* hidden, uint32_t tokens);
   void replace_last_hidden(std::vector<std::vector<float>>& hidden, uint32_t tokens);
-  const float* logits(const BatchPlan& plan);
+  void logits(const BatchPlan& plan);
 
   Backend& backend_;
   const ModelSpec& spec_;
   const Weights& weights_;
   ForwardLimits limits_;
   float embedding_scale_;
-  Tables tables_;
+  Buffer table_memory_;
+  Tables tables_{};
   Activations act_;
   std::vector<KvBuffers> kv_;
+  std::map<uint32_t, CapturedPass> captured_;  // by sequences; destroyed before what it points to
 };
 
 }  // namespace gemma_cuda

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "ops/backend.h"
+
 namespace gemma_cuda {
 
 BatchPlan make_plan(std::span<const PlanItem> items, uint32_t page_size) {
@@ -27,6 +29,24 @@ BatchPlan make_plan(std::span<const PlanItem> items, uint32_t page_size) {
     plan.block_table.resize(size_t{plan.sequences()} * plan.max_pages, 0);
   }
   return plan;
+}
+
+BatchPlan fill_up(const BatchPlan& plan, uint32_t sequences, uint32_t max_pages) {
+  BatchPlan full = plan;
+  full.max_pages = max_pages;
+  full.ids.resize(sequences, 0);
+  full.positions.resize(sequences, 0);
+  full.slots.resize(sequences, kNoSlot);
+  full.kv_len.resize(sequences, 0);
+  for (uint32_t row = plan.sequences(); row < sequences; ++row) {
+    full.cu_seqlens.push_back(row + 1);
+    full.logit_rows.push_back(row);
+  }
+  full.block_table.assign(size_t{sequences} * max_pages, 0);
+  for (uint32_t row = 0; row < plan.sequences(); ++row)
+    std::copy_n(plan.block_table.begin() + size_t{row} * plan.max_pages, plan.max_pages,
+                full.block_table.begin() + size_t{row} * max_pages);
+  return full;
 }
 
 }  // namespace gemma_cuda

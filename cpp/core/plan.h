@@ -41,4 +41,15 @@ struct PlanItem {
 
 BatchPlan make_plan(std::span<const PlanItem> items, uint32_t page_size);
 
+// Sequences of the captured decode pass that serves so many: few sizes, none much too large.
+constexpr uint32_t decode_bucket(uint32_t sequences) {
+  for (uint32_t small : {1u, 2u, 4u})
+    if (sequences <= small) return small;
+  const uint32_t step = sequences <= 64 ? 8 : sequences <= 256 ? 32 : 128;
+  return (sequences + step - 1) / step * step;
+}
+
+// The plan of a decode pass with rows that see and write nothing, up to `sequences`, and `max_pages` pages a row.
+BatchPlan fill_up(const BatchPlan& plan, uint32_t sequences, uint32_t max_pages);
+
 }  // namespace gemma_cuda

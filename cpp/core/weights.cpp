@@ -99,6 +99,18 @@ void Weights::load(std::string_view name, DType dtype, std::span<const uint64_t>
   loaded_.insert(waiting_.extract(found));
 }
 
+void Weights::load_random(uint64_t seed) {
+  constexpr float kDeviation = 0.02f;
+  for (const TensorSlot& tensor : tensor_table(spec_)) {
+    const uint64_t count = elements(tensor.shape);
+    const DType kept = is_matrix(tensor.slot) ? dtype_ : DType::f32;
+    const uint64_t offset = tensor.row * (tensor.shape.size() == 2 ? tensor.shape[1] : 1) * size_of(kept);
+    backend_.fill_random(slot(tensor).as<char>() + offset, kept, count, ++seed,
+                         is_matrix(tensor.slot) ? kDeviation : 0.0f);
+  }
+  waiting_.clear();
+}
+
 void Weights::require_all() const {
   if (!waiting_.empty())
     throw Error::invalid_argument("tensor " + waiting_.begin()->first + " of shape " +

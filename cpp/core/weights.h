@@ -28,6 +28,8 @@ class Weights {
   Weights(Backend& backend, const ModelSpec& spec, DType dtype);
 
   void load(std::string_view name, DType dtype, std::span<const uint64_t> shape, std::span<const uint8_t> bytes);
+  // Random matrices and zero norm weights (which scale by 1), for measuring a shape without its weights.
+  void load_random(uint64_t seed);
   // Throws naming the first tensor that has not come.
   void require_all() const;
 

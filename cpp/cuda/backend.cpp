@@ -88,6 +88,40 @@ std::vector<Adjustment> adjustments(const SampleRow& row) {
   return out;
 }
 
+// Launches on the stream it was recorded from.
+class CapturedGraph final : public Graph {
+ public:
+  CapturedGraph(int device, cudaStream_t stream, const std::function<void()>& work) : device_(device), stream_(stream) {
+    cudaGraph_t graph = nullptr;
+    GEMMA_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    try {
+      work();
+    } catch (...) {
+      cudaStreamEndCapture(stream, &graph);  // the stream is usable again; the first error is the one to tell
+      if (graph != nullptr) cudaGraphDestroy(graph);
+      cudaGetLastError();
+      throw;
+    }
+    GEMMA_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+    const cudaError_t status = cudaGraphInstantiate(&executable_, graph, 0);
+    cudaGraphDestroy(graph);
+    check(status, "cudaGraphInstantiate");
+  }
+  ~CapturedGraph() override { cudaGraphExecDestroy(executable_); }
+  CapturedGraph(const CapturedGraph&) = delete;
+  CapturedGraph& operator=(const CapturedGraph&) = delete;
+
+  void launch() override {
+    const DeviceScope scope(device_);
+    GEMMA_CUDA_CHECK(cudaGraphLaunch(executable_, stream_));
+  }
+
+ private:
+  int device_;
+  cudaStream_t stream_;
+  cudaGraphExec_t executable_ = nullptr;
+};
+
 class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(int index) : device_(device_info(index)) {
@@ -121,8 +155,10 @@ class CudaBackend final : public Backend {
   void release(void* memory) noexcept override { cudaFree(memory); }  // waits for what uses it
   void upload(void* to, const void* host, size_t bytes) override {
     const DeviceScope scope(device_.index);
-    GEMMA_CUDA_CHECK(cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, stream_));
-    GEMMA_CUDA_CHECK(cudaStreamSynchronize(stream_));  // the host's data may go
+    if (bytes <= Tables::kBytes)
+      tables_ring_.upload(to, host, bytes, stream_);
+    else
+      staging_.upload(to, DType::bf16, host, DType::bf16, bytes / 2, stream_);
   }
   void download(void* host, const void* from, size_t bytes) override {
     const DeviceScope scope(device_.index);
@@ -132,6 +168,16 @@ class CudaBackend final : public Backend {
   void upload_as(void* to, DType to_type, const void* host, DType host_type, size_t count) override {
     const DeviceScope scope(device_.index);
     staging_.upload(to, to_type, host, host_type, count, stream_);
+  }
+
+  void fill_random(void* to, DType type, size_t count, uint64_t seed, float deviation) override {
+    on_device([&] { cuda::fill_random(to, type, count, seed, deviation, stream_); });
+  }
+
+  bool captures() const override { return true; }
+  std::unique_ptr<Graph> capture(const std::function<void()>& work) override {
+    const DeviceScope scope(device_.index);
+    return std::make_unique<CapturedGraph>(device_.index, stream_, work);
   }
 
   void embed(const EmbedArgs& args) override {
@@ -245,6 +291,7 @@ class CudaBackend final : public Backend {
   DeviceScratch gemm_workspace_, decode_scratch_;
   std::unique_ptr<Gemm> gemm_;
   Staging staging_;
+  Tables tables_ring_;
   DeviceScratch tasks_, changes_, saved_, results_, tops_;
 };
 

@@ -7,6 +7,7 @@
 #include "cuda/check.h"
 #include "cuda/ops.h"
 #include "cuda/vector.cuh"
+#include "ops/philox.h"
 
 namespace gemma_cuda::cuda {
 namespace {
@@ -47,6 +48,12 @@ __global__ void convert_kernel(To* to, const From* from, size_t count) {
     to[i] = static_cast<To>(static_cast<float>(from[i]));
 }
 
+template <class T>
+__global__ void random_kernel(T* to, size_t count, uint64_t seed, float deviation) {
+  for (size_t i = size_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x)
+    to[i] = static_cast<T>(random_element(seed, i) * deviation);
+}
+
 template <class To>
 void convert_to(To* to, const void* from, DType from_type, size_t count, cudaStream_t stream) {
   switch (from_type) {
@@ -74,6 +81,14 @@ void geglu(const GegluArgs& args, cudaStream_t stream) {
 void soft_cap(const SoftCapArgs& args, cudaStream_t stream) {
   const size_t count = size_t{args.rows} * args.cols;
   soft_cap_kernel<<<blocks(count), kThreads, 0, stream>>>(args.x, count, args.cap);
+  GEMMA_CUDA_CHECK(cudaGetLastError());
+}
+
+void fill_random(void* to, DType type, size_t count, uint64_t seed, float deviation, cudaStream_t stream) {
+  if (type == DType::f32)
+    random_kernel<<<blocks(count), kThreads, 0, stream>>>(static_cast<float*>(to), count, seed, deviation);
+  else
+    random_kernel<<<blocks(count), kThreads, 0, stream>>>(static_cast<bf16_t*>(to), count, seed, deviation);
   GEMMA_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -22,6 +22,7 @@ void geglu(const GegluArgs& args, cudaStream_t stream);
 void soft_cap(const SoftCapArgs& args, cudaStream_t stream);
 // to[i] = from[i], between f32, bf16 and f16, rounded to nearest even.
 void convert(void* to, DType to_type, const void* from, DType from_type, size_t count, cudaStream_t stream);
+void fill_random(void* to, DType type, size_t count, uint64_t seed, float deviation, cudaStream_t stream);
 
 // Sequences with several new tokens.
 void prefill_attention(const AttentionArgs& args, cudaStream_t stream);

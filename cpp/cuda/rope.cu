@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kernel(Rope args) {
   const uint32_t token = blockIdx.x, lane = threadIdx.x % 32;
   const uint32_t head = blockIdx.y * kWarps + threadIdx.x / 32;  // queries, then keys, then values
   const uint32_t all = args.heads + 2 * args.kv_heads;
-  if (head >= all) return;
+  const bool query = head < args.heads, value = head >= args.heads + args.kv_heads;
+  if (head >= all || (!query && args.slots[token] == kNoSlot)) return;
   const bf16_t* in = args.qkv + (size_t{token} * all + head) * HeadDim;
 
   float low[kPairs], high[kPairs];
@@ -47,7 +48,6 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kernel(Rope args) {
     low[i] = at < kHalf ? __bfloat162float(in[at]) : 0;
     high[i] = at < kHalf ? __bfloat162float(in[at + kHalf]) : 0;
   }
-  const bool query = head < args.heads, value = head >= args.heads + args.kv_heads;
   if (!value) {
     if (const float* weight = query ? args.q_norm : args.k_norm) {
       float squares = 0;

@@ -61,4 +61,39 @@ class Staging {
   size_t turn_ = 0;
 };
 
+// Small host data that goes along with every step, through a ring of pinned memory: the host does not wait.
+class Tables {
+ public:
+  static constexpr size_t kBytes = size_t{1} << 20;
+
+  Tables() = default;
+  Tables(const Tables&) = delete;
+  Tables& operator=(const Tables&) = delete;
+  ~Tables() {
+    for (Slot& slot : slots_)
+      if (slot.copied != nullptr) cudaEventDestroy(slot.copied);
+  }
+
+  void upload(void* to, const void* host, size_t bytes, cudaStream_t stream) {
+    Slot& slot = slots_[turn_++ % kSlots];
+    if (slot.copied == nullptr)
+      GEMMA_CUDA_CHECK(cudaEventCreateWithFlags(&slot.copied, cudaEventDisableTiming));
+    else
+      GEMMA_CUDA_CHECK(cudaEventSynchronize(slot.copied));
+    void* pinned = slot.pinned.get<char>(bytes);
+    std::memcpy(pinned, host, bytes);
+    GEMMA_CUDA_CHECK(cudaMemcpyAsync(to, pinned, bytes, cudaMemcpyHostToDevice, stream));
+    GEMMA_CUDA_CHECK(cudaEventRecord(slot.copied, stream));
+  }
+
+ private:
+  static constexpr int kSlots = 16;
+  struct Slot {
+    PinnedScratch pinned;
+    cudaEvent_t copied = nullptr;
+  };
+  Slot slots_[kSlots];
+  size_t turn_ = 0;
+};
+
 }  // namespace gemma_cuda::cuda

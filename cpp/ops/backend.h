@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -66,12 +67,15 @@ struct KvLayer {
   uint32_t page_size, kv_heads, head_dim;
 };
 
+// The slot of a row that only fills up a captured batch.
+constexpr uint32_t kNoSlot = ~0u;
+
 // Splits qkv, norms q and k where the model does, rotates both (halves, angles in float32), writes q out and k, v
 // into the cache.
 struct RopeArgs {
-  const void* qkv;                 // [t, (heads + 2 kv_heads) head_dim] act
-  const uint32_t* positions;       // [t]
-  const uint32_t* slots;           // [t] page * page_size + offset: where the token's key and value go
+  const void* qkv;            // [t, (heads + 2 kv_heads) head_dim] act
+  const uint32_t* positions;  // [t]
+  const uint32_t* slots;      // [t] page * page_size + offset: where the token's key and value go; kNoSlot: nowhere
   const float* inverse_frequency;  // [head_dim / 2]
   const float* q_norm = nullptr;   // [head_dim]
   const float* k_norm = nullptr;   // [head_dim]
@@ -130,6 +134,13 @@ struct ScoreRow {
   uint32_t top_logprobs;
 };
 
+// Operations recorded once, to be run again on whatever their arguments point to then.
+class Graph {
+ public:
+  virtual ~Graph() = default;
+  virtual void launch() = 0;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -142,6 +153,13 @@ class Backend {
   virtual void download(void* host, const void* from, size_t bytes) = 0;
   // Uploads `count` elements, converted (to nearest even where it narrows).
   virtual void upload_as(void* to, DType to_type, const void* host, DType host_type, size_t count) = 0;
+
+  // Elements drawn evenly around zero with this deviation; each a function of the seed and its index.
+  virtual void fill_random(void* to, DType type, size_t count, uint64_t seed, float deviation) = 0;
+
+  // Records the operations that `work` asks for, without running them; to be called only where captures().
+  virtual std::unique_ptr<Graph> capture(const std::function<void()>& work) = 0;
+  virtual bool captures() const = 0;
 
   virtual void embed(const EmbedArgs& args) = 0;
   virtual void norm(const NormArgs& args) = 0;

@@ -21,4 +21,11 @@ constexpr Philox philox(uint64_t key, Philox counter) {
   return counter;
 }
 
+// Element `index` of a random tensor: even over +-sqrt(3), so of deviation 1.
+constexpr float random_element(uint64_t seed, uint64_t index) {
+  const uint64_t block = index / 4;
+  const Philox bits = philox(seed, {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 0, 1});
+  return (static_cast<float>(bits[index % 4] >> 8) * 0x1p-23f - 1) * 1.7320508f;
+}
+
 }  // namespace gemma_cuda

@@ -9,6 +9,7 @@
 
 #include "core/error.h"
 #include "ops/convert.h"
+#include "ops/philox.h"
 #include "reference/backend.h"
 #include "reference/kernels.h"
 #include "reference/sampler.h"
@@ -63,6 +64,23 @@ class ReferenceBackend final : public Backend {
       else
         convert_from<bf16>(host_type, to, host, begin, end);
     });
+  }
+
+  void fill_random(void* to, DType type, size_t count, uint64_t seed, float deviation) override {
+    in_pieces(count, size_t{1} << 16, [&](size_t begin, size_t end) {
+      for (size_t i = begin; i < end; ++i) {
+        const float x = random_element(seed, i) * deviation;
+        if (type == DType::f32)
+          static_cast<float*>(to)[i] = x;
+        else
+          static_cast<bf16*>(to)[i] = to_bf16(x);
+      }
+    });
+  }
+
+  bool captures() const override { return false; }
+  std::unique_ptr<Graph> capture(const std::function<void()>&) override {
+    throw Error::device("the reference backend has no graphs");
   }
 
   void embed(const EmbedArgs& args) override {

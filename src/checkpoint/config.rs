@@ -30,7 +30,7 @@ impl Config {
         Self::parse(path, &read_object(path)?)
     }
 
-    fn parse(path: &Path, map: &Map<String, Value>) -> Result<Self> {
+    pub fn parse(path: &Path, map: &Map<String, Value>) -> Result<Self> {
         let top = Fields::new(path, map);
         let (family, fields) = find_text_model(top)?;
         refuse_unsupported(top)?;

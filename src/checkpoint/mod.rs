@@ -4,6 +4,7 @@ mod config;
 mod fields;
 mod generation_config;
 mod safetensors;
+mod shapes;
 mod template;
 mod tokenizer;
 
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 
 pub use generation_config::GenerationConfig;
+pub use shapes::named_shape;
 pub use template::{ChatTemplate, Message};
 pub use tokenizer::{IncrementalDecoder, Tokenizer};
 

@@ -45,6 +45,9 @@ pub struct ModelArgs {
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: u32,
 
+    /// Do not capture decode steps as CUDA graphs
+    #[arg(long)]
+    pub no_graphs: bool,
     /// Do not reuse keys and values of earlier prompts
     #[arg(long)]
     pub no_prefix_cache: bool,
@@ -65,6 +68,7 @@ impl ModelArgs {
             max_sequences: self.max_sequences,
             max_logit_rows: LoadOptions::default().max_logit_rows,
             threads: self.threads,
+            graphs: !self.no_graphs,
             prefix_cache: !self.no_prefix_cache,
             check_weights: self.check_weights,
         }

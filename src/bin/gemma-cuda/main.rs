@@ -1,6 +1,7 @@
 //! The command line.
 
 mod args;
+mod bench;
 mod chat;
 mod eval;
 mod exit;
@@ -32,6 +33,7 @@ Examples:
   gemma-cuda chat --model gemma-3-1b-it
   gemma-cuda inspect --model gemma-3-1b-it --check
   gemma-cuda eval --model gemma-3-270m --file wiki.txt
+  gemma-cuda bench --random gemma-7b --workload seed
   gemma-cuda verify --model gemma-3-270m --golden golden.safetensors --dtype f32 --max-abs 1e-3
 
 Exit codes: 0 done, 1 failed or beyond a limit, 2 bad input, 130 interrupted."
@@ -56,6 +58,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Measure how well a model predicts a text
     Eval(eval::Args),
+    /// Measure speed on fixed workloads
+    Bench(bench::Args),
     /// Compare an engine with golden values of another implementation
     Verify(verify::Args),
 }
@@ -67,6 +71,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Verify(args) => verify::run(args),
     });
     exit::code(result)
