@@ -166,7 +166,7 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
   const KvLayer cache{kv_[index].keys.data(), kv_[index].values.data(), limits_.act,
                       limits_.page_size,      layer.kv_heads,           layer.head_dim};
 
-  gemm(act_.x, weights_.matrix(weights.qkv, layer.qkv_width(), hidden), act_.qkv, limits_.act, tokens);
+  gemm(act_.x, weights_.matrix(weights.qkv, layer.qkv_width(), hidden), act_.qkv, tokens);
   backend_.rope({.qkv = act_.qkv.data(),
                  .positions = tables_.positions,
                  .slots = tables_.slots,
@@ -192,15 +192,15 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
                       .soft_cap = layer.attention_soft_cap,
                       .out = act_.attended.data(),
                       .tokens = tokens});
-  gemm(act_.attended, weights_.matrix(weights.attention_out, hidden, layer.q_width()), act_.delta, limits_.act, tokens);
+  gemm(act_.attended, weights_.matrix(weights.attention_out, hidden, layer.q_width()), act_.delta, tokens);
 }
 
 void Forward::mlp_block(uint32_t index, uint32_t tokens) {
   const LayerWeights& weights = weights_.layer(index);
   const uint32_t hidden = spec_.hidden_size, ffn = spec_.ffn_size;
-  gemm(act_.x, weights_.matrix(weights.gate_up, 2 * ffn, hidden), act_.gate_up, limits_.act, tokens);
+  gemm(act_.x, weights_.matrix(weights.gate_up, 2 * ffn, hidden), act_.gate_up, tokens);
   backend_.geglu({.gate_up = act_.gate_up.data(), .out = act_.activated.data(), .tokens = tokens, .ffn = ffn});
-  gemm(act_.activated, weights_.matrix(weights.down, hidden, ffn), act_.delta, limits_.act, tokens);
+  gemm(act_.activated, weights_.matrix(weights.down, hidden, ffn), act_.delta, tokens);
 }
 
 void Forward::add_and_norm(const Buffer* post, const Buffer* next, uint32_t tokens) {
@@ -214,8 +214,13 @@ void Forward::add_and_norm(const Buffer* post, const Buffer* next, uint32_t toke
                  .eps = spec_.rms_norm_eps});
 }
 
-void Forward::gemm(const Buffer& x, Matrix w, const Buffer& out, DType out_dtype, uint32_t tokens) {
-  backend_.gemm({.x = x.data(), .w = w, .out = out.data(), .out_dtype = out_dtype, .tokens = tokens});
+void Forward::gemm(const Buffer& x, Matrix w, const Buffer& out, uint32_t tokens) {
+  backend_.gemm({.x = x.data(),
+                 .w = w,
+                 .out = out.data(),
+                 .out_dtype = limits_.act,
+                 .tokens = tokens,
+                 .capacity = limits_.tokens});
 }
 
 void Forward::logits(const BatchPlan& plan) {
@@ -229,7 +234,12 @@ void Forward::logits(const BatchPlan& plan) {
                  .tokens = rows,
                  .hidden = spec_.hidden_size,
                  .eps = spec_.rms_norm_eps});
-  gemm(act_.last, weights_.lm_head(), act_.logits, DType::f32, rows);
+  backend_.gemm({.x = act_.last.data(),
+                 .w = weights_.lm_head(),
+                 .out = logits,
+                 .out_dtype = DType::f32,
+                 .tokens = rows,
+                 .capacity = limits_.logit_rows});
   if (spec_.final_soft_cap > 0)
     backend_.soft_cap({.x = logits, .rows = rows, .cols = spec_.vocab_size, .cap = spec_.final_soft_cap});
 }

@@ -72,7 +72,7 @@ class Forward {
   void mlp_block(uint32_t layer, uint32_t tokens);
   // residual += delta (normed by `post` where the model does), then x = norm(residual, next) where there is a next.
   void add_and_norm(const Buffer* post, const Buffer* next, uint32_t tokens);
-  void gemm(const Buffer& x, Matrix w, const Buffer& out, DType out_dtype, uint32_t tokens);
+  void gemm(const Buffer& x, Matrix w, const Buffer& out, uint32_t tokens);
   void keep_hidden(std::vector<std::vector<float>>* hidden, uint32_t tokens);
   void replace_last_hidden(std::vector<std::vector<float>>& hidden, uint32_t tokens);
   void logits(const BatchPlan& plan);

@@ -150,7 +150,10 @@ class CudaBackend final : public Backend {
 
   void* allocate(size_t bytes) override {
     const DeviceScope scope(device_.index);
-    return allocate_device(bytes);
+    void* memory = allocate_device(bytes);
+    // Rows that only fill up a batch are read before they are ever written; let them be numbers.
+    GEMMA_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream_));
+    return memory;
   }
   void release(void* memory) noexcept override { cudaFree(memory); }  // waits for what uses it
   void upload(void* to, const void* host, size_t bytes) override {

@@ -35,6 +35,14 @@ float milliseconds(cudaStream_t stream, F work) {
   return time;
 }
 
+// Rows that are computed for so many: few shapes, so that each is planned once, and none much too large.
+uint32_t rounded_rows(uint32_t rows) {
+  for (uint32_t small : {1u, 2u, 4u})
+    if (rows <= small) return small;
+  const uint32_t step = rows <= 64 ? 8 : rows <= 256 ? 32 : rows <= 1024 ? 64 : 256;
+  return (rows + step - 1) / step * step;
+}
+
 bool capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status;
   GEMMA_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
@@ -57,7 +65,8 @@ Gemm::~Gemm() {
   lt_.destroy(handle_);
 }
 
-void Gemm::run(const GemmArgs& args, cudaStream_t stream) {
+void Gemm::run(GemmArgs args, cudaStream_t stream) {
+  if (const uint32_t rows = rounded_rows(args.tokens); rows <= args.capacity) args.tokens = rows;
   const Key key{args.tokens, args.w.rows, args.w.cols, args.out_dtype};
   auto found = plans_.find(key);
   if (found == plans_.end()) {

@@ -21,7 +21,7 @@ class Gemm {
 
   // The first call with few tokens of a shape times the library's candidates and keeps the fastest, unless the stream
   // is being captured.
-  void run(const GemmArgs& args, cudaStream_t stream);
+  void run(GemmArgs args, cudaStream_t stream);
 
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
 

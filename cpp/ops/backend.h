@@ -57,6 +57,7 @@ struct GemmArgs {
   void* out;      // [t, n]
   DType out_dtype;
   uint32_t tokens;
+  uint32_t capacity = 0;  // rows that x and out have room for, if more than `tokens`: the rest of out may be overwritten
 };
 
 // One layer of the paged cache. Keys and values each [page][kv_head][page_size][head_dim].
