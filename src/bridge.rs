@@ -137,7 +137,7 @@ pub(crate) mod ffi {
     }
 
     /// One sequence's part in a step: feed its next `tokens` known tokens.
-    #[derive(Clone, Debug, PartialEq)]
+    #[derive(Clone, Copy, Debug, PartialEq)]
     struct StepItem {
         sequence: u32,
         tokens: u32,
@@ -225,6 +225,11 @@ pub(crate) mod ffi {
 
         /// One forward pass over any mix of prefill chunks and decode rows. On error nothing has changed.
         fn step(self: Pin<&mut Engine>, items: &[StepItem]) -> Result<Vec<ItemOutput>>;
+        /// The first half of a step: returns once it is on its way. At most two may be, and not collected.
+        fn launch(self: Pin<&mut Engine>, items: &[StepItem]) -> Result<()>;
+        /// The second half, of the oldest step that is on its way.
+        fn collect(self: Pin<&mut Engine>) -> Result<Vec<ItemOutput>>;
+        fn runs_ahead(self: &Engine) -> bool;
     }
 }
 

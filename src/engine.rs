@@ -188,6 +188,30 @@ impl Engine {
     pub fn step(&mut self, items: &[StepItem]) -> Result<Vec<ItemOutput>> {
         Ok(self.core.pin_mut().step(items)?)
     }
+
+    /// The first half of a step: returns once the device has it. The token it samples counts as known from then on, so
+    /// the step that feeds it can be launched before [`Engine::collect`] says which it is, and the device never waits
+    /// for the host. Two steps may be launched and not collected. A sequence may be removed in between; its outputs are
+    /// empty then. A sequence with penalties is sampled only when none of its tokens is outstanding.
+    ///
+    /// # Errors
+    /// Those of [`Engine::step`].
+    pub fn launch(&mut self, items: &[StepItem]) -> Result<()> {
+        Ok(self.core.pin_mut().launch(items)?)
+    }
+
+    /// Waits for the oldest launched step; outputs in the order of its items.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if none is launched, `Device` if the device failed.
+    pub fn collect(&mut self) -> Result<Vec<ItemOutput>> {
+        Ok(self.core.pin_mut().collect()?)
+    }
+
+    /// Whether launching ahead gains anything: the CPU has computed when [`Engine::launch`] returns.
+    pub fn runs_ahead(&self) -> bool {
+        self.core.runs_ahead()
+    }
 }
 
 impl fmt::Debug for Engine {

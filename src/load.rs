@@ -113,7 +113,15 @@ impl Core for Engine {
         Ok(Engine::pages_for(self, sequence, tokens)? as usize)
     }
 
-    fn step(&mut self, items: &[StepItem]) -> Result<Vec<ItemOutput>> {
-        Engine::step(self, items)
+    fn launch(&mut self, items: &[StepItem]) -> Result<()> {
+        Engine::launch(self, items)
+    }
+
+    fn collect(&mut self) -> Result<Vec<ItemOutput>> {
+        Engine::collect(self)
+    }
+
+    fn runs_ahead(&self) -> bool {
+        Engine::runs_ahead(self)
     }
 }

@@ -106,6 +106,22 @@ rust::Vec<float> to_rust(const std::vector<float>& values) {
   return out;
 }
 
+std::vector<gemma_cuda::StepItem> from_rust(rust::Slice<const StepItem> items) {
+  std::vector<gemma_cuda::StepItem> out;
+  out.reserve(items.size());
+  for (const StepItem& item : items)
+    out.push_back({item.sequence, item.tokens, item.sample, item.score, item.logits, item.hidden});
+  return out;
+}
+
+rust::Vec<ItemOutput> to_rust(const std::vector<gemma_cuda::ItemOutput>& outputs) {
+  rust::Vec<ItemOutput> out;
+  for (const gemma_cuda::ItemOutput& item : outputs)
+    out.push_back(
+        {item.sequence, to_rust(item.sampled), to_rust(item.scored), to_rust(item.logits), to_rust(item.hidden)});
+  return out;
+}
+
 }  // namespace
 
 rust::String canonical_tensor_name(rust::Str name) {
@@ -164,16 +180,14 @@ uint32_t Engine::free_pages() const { return engine_.free_pages(); }
 uint32_t Engine::pages_for(uint32_t sequence, uint32_t tokens) const { return engine_.pages_for(sequence, tokens); }
 
 rust::Vec<ItemOutput> Engine::step(rust::Slice<const StepItem> items) {
-  std::vector<gemma_cuda::StepItem> batch;
-  batch.reserve(items.size());
-  for (const StepItem& item : items)
-    batch.push_back({item.sequence, item.tokens, item.sample, item.score, item.logits, item.hidden});
-  rust::Vec<ItemOutput> out;
-  for (const gemma_cuda::ItemOutput& item : engine_.step(batch))
-    out.push_back(
-        {item.sequence, to_rust(item.sampled), to_rust(item.scored), to_rust(item.logits), to_rust(item.hidden)});
-  return out;
+  return to_rust(engine_.step(from_rust(items)));
 }
+
+void Engine::launch(rust::Slice<const StepItem> items) { engine_.launch(from_rust(items)); }
+
+rust::Vec<ItemOutput> Engine::collect() { return to_rust(engine_.collect()); }
+
+bool Engine::runs_ahead() const { return engine_.runs_ahead(); }
 
 std::unique_ptr<Engine> new_engine(const ModelSpec& spec, const EngineOptions& options) {
   return std::make_unique<Engine>(from_rust(spec), from_rust(options));

@@ -39,6 +39,9 @@ class Engine {
   uint32_t free_pages() const;
   uint32_t pages_for(uint32_t sequence, uint32_t tokens) const;
   rust::Vec<ItemOutput> step(rust::Slice<const StepItem> items);
+  void launch(rust::Slice<const StepItem> items);
+  rust::Vec<ItemOutput> collect();
+  bool runs_ahead() const;
 
  private:
   gemma_cuda::Engine engine_;

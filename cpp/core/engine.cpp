@@ -1,6 +1,7 @@
 #include "core/engine.h"
 
 #include <algorithm>
+#include <deque>
 #include <optional>
 #include <unordered_set>
 
@@ -53,6 +54,17 @@ MemoryBudget memory_budget(const ModelSpec& spec, const EngineOptions& options) 
           Forward::activation_bytes(spec, limits(options)), Forward::logit_bytes(spec, limits(options))};
 }
 
+// A step whose results have not been collected.
+struct Engine::Launched {
+  struct Item {
+    StepItem item;
+    uint64_t serial;  // of its sequence
+    uint32_t cached;  // tokens of its sequence in the cache after the step
+  };
+  std::vector<Item> items;
+  std::vector<ItemOutput> outputs;  // all but the sampled tokens
+};
+
 struct Engine::State {
   State(ModelSpec model, EngineOptions chosen)
       : spec(std::move(model)),
@@ -61,11 +73,17 @@ struct Engine::State {
         weights(*backend, spec, options.weights),
         forward(*backend, spec, weights, limits(options)),
         pages(options.pages, options.page_size, options.prefix_cache),
-        sequences(options.max_sequences) {}
+        sequences(options.max_sequences),
+        last_tokens(*backend, options.max_sequences * sizeof(uint32_t)) {}
 
   Sequence& sequence(uint32_t id) {
     require(id < sequences.size() && sequences[id].has_value(), "there is no sequence " + number(id));
     return *sequences[id];
+  }
+  // The one an item of a launched step meant, if it is still there.
+  Sequence* sequence(const Launched::Item& item) {
+    std::optional<Sequence>& found = sequences[item.item.sequence];
+    return found.has_value() && found->serial == item.serial ? &*found : nullptr;
   }
   void require_tokens(std::span<const uint32_t> tokens) const {
     for (uint32_t token : tokens)
@@ -91,6 +109,9 @@ struct Engine::State {
   Forward forward;
   PagePool pages;
   std::vector<std::optional<Sequence>> sequences;
+  Buffer last_tokens;  // of each sequence's number, written by the sampler
+  std::deque<Launched> launched;
+  uint64_t serials = 0;
   bool ready = false;
 };
 
@@ -141,7 +162,9 @@ uint32_t Engine::add_sequence(std::span<const uint32_t> tokens, uint32_t prompt_
   sequence.prompt_tokens = prompt_tokens;
   sequence.sampling = sampling;
   if (reuse_prefix) sequence.pages = s.pages.take_prefix(tokens, sequence.chain);
-  sequence.cached = static_cast<uint32_t>(sequence.pages.size()) * s.pages.page_size();
+  sequence.published = static_cast<uint32_t>(sequence.pages.size());
+  sequence.cached = sequence.published * s.pages.page_size();
+  sequence.serial = ++s.serials;
   *slot = std::move(sequence);
   return static_cast<uint32_t>(slot - s.sequences.begin());
 }
@@ -149,6 +172,7 @@ uint32_t Engine::add_sequence(std::span<const uint32_t> tokens, uint32_t prompt_
 void Engine::append_tokens(uint32_t id, std::span<const uint32_t> tokens) {
   Sequence& sequence = state_->sequence(id);
   state_->require_tokens(tokens);
+  require(!sequence.pending(), "sequence " + number(id) + " has a token that is not collected yet");
   require(sequence.tokens.size() + tokens.size() <= state_->spec.max_positions,
           number(sequence.tokens.size()) + " + " + number(tokens.size()) + " tokens are more than the model's " +
               number(state_->spec.max_positions));
@@ -184,6 +208,9 @@ void validate_item(const StepItem& item, const Sequence& sequence, const ModelSp
           who + " is at the model's longest length, " + number(spec.max_positions) + " tokens");
   require(!item.sample || sequence.cached + item.tokens == sequence.length(),
           who + " can be sampled only after its last known token");
+  require(!item.sample || !sequence.sampling.looks_back() || !sequence.pending(),
+          who + " has penalties and a token that is not collected yet");
+  require(!item.score || !sequence.pending(), who + " cannot be scored before its last token is collected");
 }
 
 void require_within(const char* what, uint64_t wanted, uint64_t most) {
@@ -204,9 +231,18 @@ std::vector<float> rows_of(const std::vector<std::vector<float>>& hidden, uint32
 }  // namespace
 
 std::vector<ItemOutput> Engine::step(std::span<const StepItem> items) {
+  require(state_->launched.empty(), "a launched step is not collected yet");
+  launch(items);
+  return collect();
+}
+
+bool Engine::runs_ahead() const { return state_->backend->asynchronous(); }
+
+void Engine::launch(std::span<const StepItem> items) {
   State& s = *state_;
   require(s.ready, "finish_loading has not been called");
   require(!items.empty(), "a step needs at least one sequence");
+  require(s.launched.size() < kMaxAhead, number(kMaxAhead) + " steps are launched and not collected already");
   uint64_t tokens = 0, rows = 0, new_pages = 0;
   std::unordered_set<uint32_t> seen;
   for (const StepItem& item : items) {
@@ -223,55 +259,55 @@ std::vector<ItemOutput> Engine::step(std::span<const StepItem> items) {
     throw Error::out_of_pages("the step needs " + number(new_pages) + " pages of the KV cache, " +
                               number(s.pages.free()) + " of " + number(s.pages.pages()) + " are free");
 
+  Launched step;
   std::vector<PlanItem> plan_items;
   for (const StepItem& item : items) {
     Sequence& sequence = s.sequence(item.sequence);
     for (uint32_t n = s.new_pages(sequence, item.tokens); n > 0; --n) sequence.pages.push_back(s.pages.take());
     plan_items.push_back({&sequence, item.tokens, logit_rows(item)});
+    step.items.push_back({item, sequence.serial, sequence.cached + item.tokens});
   }
   try {
     const BatchPlan plan = make_plan(plan_items, s.pages.page_size());
     const bool keep_hidden = std::ranges::any_of(items, &StepItem::hidden);
     std::vector<std::vector<float>> hidden;
-    const float* logits = s.forward.run(plan, keep_hidden ? &hidden : nullptr);
-    std::vector<ItemOutput> out = collect(items, plan, logits, hidden);
-    commit(items, out);
-    return out;
+    const float* logits = s.forward.run(plan, s.last_tokens.as<uint32_t>(), keep_hidden ? &hidden : nullptr);
+    ask(step, plan, logits, hidden);
   } catch (...) {
     for (const StepItem& item : items) s.give_back_unused(s.sequence(item.sequence));
     throw;
   }
+  advance(step);
+  s.launched.push_back(std::move(step));
 }
 
-// Samples, scores and copies what the items ask for.
-std::vector<ItemOutput> Engine::collect(std::span<const StepItem> items, const BatchPlan& plan, const float* logits,
-                                        const std::vector<std::vector<float>>& hidden) {
+// Scores and copies what the items ask for, and starts sampling.
+void Engine::ask(Launched& step, const BatchPlan& plan, const float* logits,
+                 const std::vector<std::vector<float>>& hidden) {
   State& s = *state_;
   const uint32_t vocab = s.spec.vocab_size;
   std::vector<SampleRow> samples;
   std::vector<ScoreRow> scores;
   uint32_t row = 0;
-  for (const StepItem& item : items) {
+  for (const auto& [item, serial, cached] : step.items) {
     const Sequence& sequence = s.sequence(item.sequence);
     const uint32_t rows = logit_rows(item);
     if (item.score)
       for (uint32_t i = 0; i < item.tokens && sequence.cached + i + 1 < sequence.length(); ++i)
         scores.push_back({row + i, sequence.tokens[sequence.cached + i + 1], sequence.sampling.top_logprobs});
-    if (item.sample) samples.push_back({row + rows - 1, &sequence.sampling, sequence.tokens, sequence.prompt_tokens});
+    if (item.sample)
+      samples.push_back({row + rows - 1, item.sequence, &sequence.sampling, sequence.tokens, sequence.prompt_tokens});
     row += rows;
   }
-  const std::vector<ScoredToken> sampled = s.backend->sample(logits, vocab, samples);
-  const std::vector<ScoredToken> scored = s.backend->score(logits, vocab, scores);
-
-  std::vector<ItemOutput> out;
-  size_t next_sample = 0, next_score = 0;
+  std::vector<ScoredToken> scored;
+  if (!scores.empty()) scored = s.backend->score(logits, vocab, scores);
+  size_t next_score = 0;
   row = 0;
-  for (size_t i = 0; i < items.size(); ++i) {
-    const StepItem& item = items[i];
+  for (size_t i = 0; i < step.items.size(); ++i) {
+    const StepItem& item = step.items[i].item;
     const Sequence& sequence = s.sequence(item.sequence);
-    ItemOutput& output = out.emplace_back();
+    ItemOutput& output = step.outputs.emplace_back();
     output.sequence = item.sequence;
-    if (item.sample) output.sampled.push_back(sampled[next_sample++]);
     if (item.score)
       for (uint32_t k = 0; k < item.tokens && sequence.cached + k + 1 < sequence.length(); ++k)
         output.scored.push_back(scored[next_score++]);
@@ -282,22 +318,42 @@ std::vector<ItemOutput> Engine::collect(std::span<const StepItem> items, const B
     if (item.hidden) output.hidden = rows_of(hidden, plan.cu_seqlens[i], item.tokens, s.spec.hidden_size);
     row += logit_rows(item);
   }
-  return out;
+  s.backend->start_sample(logits, vocab, samples, s.last_tokens.as<uint32_t>());
 }
 
-// Advances the sequences: new tokens are cached, full pages published, sampled tokens appended.
-void Engine::commit(std::span<const StepItem> items, std::span<const ItemOutput> outputs) {
-  State& s = *state_;
-  const uint32_t size = s.pages.page_size();
-  for (size_t i = 0; i < items.size(); ++i) {
-    Sequence& sequence = s.sequence(items[i].sequence);
-    const uint32_t full_before = sequence.cached / size;
-    sequence.cached += items[i].tokens;
-    for (uint32_t page = full_before; page < sequence.cached / size; ++page)
-      sequence.chain = s.pages.publish(sequence.pages[page], sequence.chain,
-                                       std::span(sequence.tokens).subspan(size_t{page} * size, size));
-    for (const ScoredToken& token : outputs[i].sampled) sequence.tokens.push_back(token.token);
+// What is known of the sequences once the step is on its way.
+void Engine::advance(const Launched& step) {
+  for (const auto& [item, serial, cached] : step.items) {
+    Sequence& sequence = state_->sequence(item.sequence);
+    sequence.cached = cached;
+    if (item.sample) sequence.tokens.push_back(kPendingToken + item.sequence);
   }
+}
+
+std::vector<ItemOutput> Engine::collect() {
+  State& s = *state_;
+  require(!s.launched.empty(), "no step is launched");
+  Launched step = std::move(s.launched.front());
+  s.launched.pop_front();
+  const std::vector<ScoredToken> sampled = s.backend->finish_sample();
+  const uint32_t size = s.pages.page_size();
+  size_t next_sample = 0;
+  for (size_t i = 0; i < step.items.size(); ++i) {
+    const Launched::Item& item = step.items[i];
+    Sequence* sequence = s.sequence(item);
+    if (item.item.sample) {
+      const ScoredToken& token = sampled[next_sample++];
+      if (sequence != nullptr) {
+        sequence->tokens[item.cached] = token.token;  // the pending one that follows what the step fed
+        step.outputs[i].sampled.push_back(token);
+      }
+    }
+    if (sequence == nullptr) continue;
+    for (; (sequence->published + 1) * size <= item.cached; ++sequence->published)
+      sequence->chain = s.pages.publish(sequence->pages[sequence->published], sequence->chain,
+                                        std::span(sequence->tokens).subspan(size_t{sequence->published} * size, size));
+  }
+  return std::move(step.outputs);
 }
 
 }  // namespace gemma_cuda

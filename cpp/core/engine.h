@@ -91,11 +91,20 @@ class Engine {
   // One forward pass over any mix of prefill chunks and decode rows.
   std::vector<ItemOutput> step(std::span<const StepItem> items);
 
- private:
-  std::vector<ItemOutput> collect(std::span<const StepItem> items, const BatchPlan& plan, const float* logits,
-                                  const std::vector<std::vector<float>>& hidden);
-  void commit(std::span<const StepItem> items, std::span<const ItemOutput> outputs);
+  // The halves of a step. After launch() a sequence's sampled token is known as a token, though not yet which: the next
+  // step that feeds it can be launched before collect() waits for it, so that the device never waits for the host. Up
+  // to kMaxAhead steps may be launched and not collected; a sequence may be removed in between, and then its outputs
+  // are empty. Penalties look at all tokens, so a sequence with them can be sampled only when none is pending.
+  void launch(std::span<const StepItem> items);
+  std::vector<ItemOutput> collect();
+  // Whether launching ahead gains anything: a device that is not asynchronous has computed when launch() returns.
+  bool runs_ahead() const;
+  static constexpr uint32_t kMaxAhead = 2;
 
+ private:
+  struct Launched;
+  void ask(Launched& step, const BatchPlan& plan, const float* logits, const std::vector<std::vector<float>>& hidden);
+  void advance(const Launched& step);
   struct State;
   std::unique_ptr<State> state_;
 };

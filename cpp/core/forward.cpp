@@ -85,7 +85,8 @@ uint64_t Forward::logit_bytes(const ModelSpec& spec, const ForwardLimits& limits
   return uint64_t{limits.logit_rows} * spec.vocab_size * sizeof(float);
 }
 
-const float* Forward::run(const BatchPlan& plan, std::vector<std::vector<float>>* hidden) {
+const float* Forward::run(const BatchPlan& plan, const uint32_t* last_tokens, std::vector<std::vector<float>>* hidden) {
+  last_tokens_ = last_tokens;
   const bool decode = plan.max_new == 1 && plan.logit_rows.size() == plan.tokens() && hidden == nullptr;
   if (decode && limits_.graphs && backend_.captures() && decode_bucket(plan.sequences()) <= captured_rows()) {
     run_decode(plan);
@@ -116,6 +117,7 @@ void Forward::run_decode(const BatchPlan& plan) {
 void Forward::pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidden) {
   const uint32_t tokens = plan.tokens(), layers = static_cast<uint32_t>(spec_.layers.size());
   backend_.embed({.ids = tables_.ids,
+                  .last_tokens = last_tokens_,
                   .tokens = tokens,
                   .table = weights_.embedding(),
                   .scale = embedding_scale_,

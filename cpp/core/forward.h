@@ -30,8 +30,8 @@ class Forward {
 
   // Leaves the logits of plan.logit_rows on the device, float32 [r, vocab]; valid until the next pass. Where `hidden`
   // is given it becomes [layers + 1][t, hidden_size]: the scaled embeddings, each layer's output, the last one after
-  // the final norm.
-  const float* run(const BatchPlan& plan, std::vector<std::vector<float>>* hidden);
+  // the final norm. `last_tokens`, on the device, is where pending tokens are; always the same.
+  const float* run(const BatchPlan& plan, const uint32_t* last_tokens, std::vector<std::vector<float>>* hidden);
 
   static uint64_t kv_cache_bytes(const ModelSpec& spec, const ForwardLimits& limits);
   static uint64_t activation_bytes(const ModelSpec& spec, const ForwardLimits& limits);
@@ -84,6 +84,7 @@ class Forward {
   float embedding_scale_;
   Buffer table_memory_;
   Tables tables_{};
+  const uint32_t* last_tokens_ = nullptr;
   Activations act_;
   std::vector<KvBuffers> kv_;
   std::map<uint32_t, CapturedPass> captured_;  // by sequences; destroyed before what it points to

@@ -3,15 +3,13 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <unordered_map>
 
 #include "cuda/check.h"
 #include "cuda/gemm.h"
 #include "cuda/memory.h"
 #include "cuda/ops.h"
-#include "cuda/sample.h"
+#include "cuda/sampler.h"
 #include "cuda/staging.h"
 
 namespace gemma_cuda::cuda {
@@ -62,30 +60,6 @@ DeviceInfo device_info(int index) {
     throw Error::device("cuda:" + std::to_string(index) + " is sm_" + std::to_string(info.capability) +
                         "; bf16 needs sm_80 (Ampere) or newer");
   return info;
-}
-
-// What a sequence's request and history do to its logits, one entry a token.
-std::vector<Adjustment> adjustments(const SampleRow& row) {
-  const SamplingConfig& config = *row.config;
-  std::unordered_map<uint32_t, Adjustment> changes;
-  auto change = [&](uint32_t token) -> Adjustment& {
-    return changes.try_emplace(token, Adjustment{token, 0, 1, 0, 0}).first->second;
-  };
-  for (const TokenBias& bias : config.logit_bias) change(bias.token).bias += bias.bias;
-  if (config.repetition_penalty != 1 || config.presence_penalty != 0 || config.frequency_penalty != 0) {
-    std::unordered_map<uint32_t, uint32_t> generated;  // token -> times generated
-    for (size_t i = 0; i < row.tokens.size(); ++i) generated[row.tokens[i]] += i >= row.prompt_tokens;
-    for (const auto& [token, times] : generated) {
-      Adjustment& entry = change(token);
-      entry.repetition = config.repetition_penalty;
-      if (times > 0) entry.subtract = config.presence_penalty + config.frequency_penalty * static_cast<float>(times);
-    }
-  }
-  if (row.tokens.size() - row.prompt_tokens < config.min_new_tokens)
-    for (uint32_t token : config.stop_tokens) change(token).forbidden = 1;
-  std::vector<Adjustment> out;
-  for (const auto& [token, entry] : changes) out.push_back(entry);
-  return out;
 }
 
 // Launches on the stream it was recorded from.
@@ -178,6 +152,7 @@ class CudaBackend final : public Backend {
   }
 
   bool captures() const override { return true; }
+  bool asynchronous() const override { return true; }
   std::unique_ptr<Graph> capture(const std::function<void()>& work) override {
     const DeviceScope scope(device_.index);
     return std::make_unique<CapturedGraph>(device_.index, stream_, work);
@@ -209,43 +184,18 @@ class CudaBackend final : public Backend {
     });
   }
 
-  std::vector<ScoredToken> sample(const float* logits, uint32_t vocab, std::span<const SampleRow> rows) override {
-    std::vector<SampleTask> tasks;
-    std::vector<Adjustment> changes;
-    for (const SampleRow& row : rows) {
-      const std::vector<Adjustment> own = adjustments(row);
-      const SamplingConfig& config = *row.config;
-      tasks.push_back({.row = row.row,
-                       .scored = SampleTask::kSample,
-                       .temperature = config.temperature,
-                       .top_k = config.top_k,
-                       .top_p = config.top_p,
-                       .min_p = config.min_p,
-                       .seed = config.seed,
-                       .step = static_cast<uint32_t>(row.tokens.size() - row.prompt_tokens),
-                       .top = std::min(config.top_logprobs, vocab),
-                       .first_adjustment = static_cast<uint32_t>(changes.size()),
-                       .end_adjustment = static_cast<uint32_t>(changes.size() + own.size())});
-      changes.insert(changes.end(), own.begin(), own.end());
-    }
-    return run(const_cast<float*>(logits), vocab, tasks, changes);
+  void start_sample(const float* logits, uint32_t vocab, std::span<const SampleRow> rows,
+                    uint32_t* last_tokens) override {
+    on_device([&] { sampler_.start(logits, vocab, rows, last_tokens, tables_ring_, stream_); });
   }
-
+  std::vector<ScoredToken> finish_sample() override {
+    const DeviceScope scope(device_.index);
+    return sampler_.finish_oldest();
+  }
   std::vector<ScoredToken> score(const float* logits, uint32_t vocab, std::span<const ScoreRow> rows) override {
-    std::vector<SampleTask> tasks;
-    for (const ScoreRow& row : rows)
-      tasks.push_back({.row = row.row,
-                       .scored = row.token,
-                       .temperature = 0,
-                       .top_k = 0,
-                       .top_p = 1,
-                       .min_p = 0,
-                       .seed = 0,
-                       .step = 0,
-                       .top = std::min(row.top_logprobs, vocab),
-                       .first_adjustment = 0,
-                       .end_adjustment = 0});
-    return run(const_cast<float*>(logits), vocab, tasks, {});
+    const DeviceScope scope(device_.index);
+    sampler_.start(logits, vocab, rows, tables_ring_, stream_);
+    return sampler_.finish_newest();
   }
 
  private:
@@ -255,47 +205,13 @@ class CudaBackend final : public Backend {
     launch();
   }
 
-  std::vector<ScoredToken> run(float* logits, uint32_t vocab, const std::vector<SampleTask>& tasks,
-                               const std::vector<Adjustment>& changes) {
-    if (tasks.empty()) return {};
-    const DeviceScope scope(device_.index);
-    uint32_t max_top = 0;
-    for (const SampleTask& task : tasks) max_top = std::max(max_top, task.top);
-    SampleTask* device_tasks = tasks_.get<SampleTask>(tasks.size());
-    Adjustment* device_changes = changes_.get<Adjustment>(changes.size());
-    SampleResult* device_results = results_.get<SampleResult>(tasks.size());
-    TopEntry* device_tops = tops_.get<TopEntry>(tasks.size() * max_top);
-    upload(device_tasks, tasks.data(), tasks.size() * sizeof(SampleTask));
-    if (!changes.empty()) upload(device_changes, changes.data(), changes.size() * sizeof(Adjustment));
-    cuda::sample(logits, vocab, device_tasks, static_cast<uint32_t>(tasks.size()), device_changes,
-                 saved_.get<float>(changes.size()), device_results, device_tops, max_top, stream_);
-    std::vector<SampleResult> results(tasks.size());
-    std::vector<TopEntry> tops(tasks.size() * max_top);
-    download(results.data(), device_results, results.size() * sizeof(SampleResult));
-    if (!tops.empty()) download(tops.data(), device_tops, tops.size() * sizeof(TopEntry));
-
-    std::vector<ScoredToken> out;
-    for (size_t i = 0; i < tasks.size(); ++i) {
-      if (!results[i].finite)
-        throw std::runtime_error(
-            "the model's logits are not finite; `gemma-cuda inspect --check` finds damaged weights");
-      ScoredToken& token = out.emplace_back(ScoredToken{results[i].token, results[i].logit - results[i].log_mass, {}});
-      const std::span<TopEntry> top(tops.data() + i * max_top, tasks[i].top);
-      std::ranges::sort(top, [](const TopEntry& a, const TopEntry& b) {
-        return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
-      });
-      for (const TopEntry& entry : top) token.top.push_back({entry.token, entry.logit - results[i].log_mass});
-    }
-    return out;
-  }
-
   const DeviceInfo device_;
   cudaStream_t stream_ = nullptr;
   DeviceScratch gemm_workspace_, decode_scratch_;
   std::unique_ptr<Gemm> gemm_;
   Staging staging_;
   Tables tables_ring_;
-  DeviceScratch tasks_, changes_, saved_, results_, tops_;
+  Sampler sampler_;
 };
 
 }  // namespace

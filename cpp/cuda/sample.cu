@@ -1,7 +1,9 @@
-// One block a row of logits. Every filter is a cut in the order "likelier first, equal ones by token": top-k and top-p
-// find theirs by radix selection over the bits of the score, digit by digit from the top, with counts or probability
-// mass as the weight of a token; no sort. Mass is summed in fixed point (2^-40), so the result does not depend on the
-// order of the atomics. The row stays in L2 between the passes; a greedy row takes one pass.
+// A first kernel surveys each row with many blocks: its best token, the mass of its softmax, whether it is finite. The
+// second, one block a row, has then only to adjust, filter and draw; a greedy row is done. Every filter is a cut in the
+// order "likelier first, equal ones by token": top-k and top-p find theirs by radix selection over the bits of the
+// score, digit by digit from the top, with counts or probability mass as the weight of a token; no sort. Mass is summed
+// in fixed point (2^-40), so the result does not depend on the order of the atomics. The row stays in L2 between its
+// passes.
 #include <cmath>
 
 #include "cuda/check.h"
@@ -42,10 +44,10 @@ __device__ T block_reduce(T mine, F combine) {
   __syncthreads();
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = mine;
   __syncthreads();
-  mine = partial[threadIdx.x % 32];
-  for (int offset = 16; offset > 0; offset /= 2) mine = combine(mine, shuffle(mine, offset));
+  T all = partial[0];
+  for (uint32_t warp = 1; warp < blockDim.x / 32; ++warp) all = combine(all, partial[warp]);
   __syncthreads();
-  return mine;
+  return all;
 }
 
 template <class F>
@@ -214,28 +216,49 @@ struct Softmax {  // running
   }
 };
 
-__global__ void __launch_bounds__(kThreads)
-    sample_kernel(float* all, uint32_t vocab, const SampleTask* tasks, const Adjustment* adjustments, float* saved,
-                  SampleResult* results, TopEntry* tops, uint32_t max_top) {
-  const SampleTask task = tasks[blockIdx.x];
-  float* logits = all + size_t{task.row} * vocab;
+constexpr int kParts = kSurveyParts;
+constexpr int kSurveyThreads = 256;
 
+// What two parts of a row have together.
+__device__ Survey join(Survey a, const Survey& b) {
+  Best best{a.best, a.token};
+  best.take(b.best, b.token);
+  const auto weighed = [&](const Survey& s) { return s.sum == 0 ? 0 : s.sum * expf(s.best - best.value); };
+  return {best.value, best.token, weighed(a) + weighed(b), a.finite & b.finite};
+}
+
+__global__ void __launch_bounds__(kSurveyThreads)
+    survey_kernel(const float* all, uint32_t vocab, const SampleTask* tasks, Survey* surveys) {
+  const float* logits = all + size_t{tasks[blockIdx.y].row} * vocab;
+  const uint32_t part = (vocab + kParts - 1) / kParts, begin = min(vocab, blockIdx.x * part);
+  const uint32_t end = min(vocab, begin + part);
   Softmax softmax{-INFINITY, 0};
   Best best{-INFINITY, ~0u};
   uint32_t finite = 1;
-  for (uint32_t i = threadIdx.x; i < vocab; i += kThreads) {
+#pragma unroll 4
+  for (uint32_t i = begin + threadIdx.x; i < end; i += kSurveyThreads) {
     const float x = logits[i];
     finite &= x == x;
     softmax.take(x);
     best.take(x, i);
   }
-  best = block_reduce(best, [](Best a, Best b) {
-    a.take(b.value, b.token);
-    return a;
-  });
-  finite = block_reduce(finite, [](uint32_t a, uint32_t b) { return a & b; }) && isfinite(best.value);
-  const float mine = softmax.sum == 0 ? 0 : softmax.sum * expf(softmax.best - best.value);
-  const float mass = block_reduce(mine, [](float a, float b) { return a + b; });
+  const Survey mine{best.value, best.token, softmax.sum == 0 ? 0 : softmax.sum * expf(softmax.best - best.value),
+                    finite};
+  const Survey whole = block_reduce(mine, [](Survey a, Survey b) { return join(a, b); });
+  if (threadIdx.x == 0) surveys[blockIdx.y * kParts + blockIdx.x] = whole;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    sample_kernel(float* all, uint32_t vocab, const SampleTask* tasks, const Survey* surveys,
+                  const Adjustment* adjustments, float* saved, SampleResult* results, TopEntry* tops, uint32_t max_top,
+                  uint32_t* last_tokens) {
+  const SampleTask task = tasks[blockIdx.x];
+  float* logits = all + size_t{task.row} * vocab;
+
+  Survey row = surveys[blockIdx.x * kParts];
+  for (int part = 1; part < kParts; ++part) row = join(row, surveys[blockIdx.x * kParts + part]);
+  const Best best{row.best, row.token};
+  const bool finite = row.finite && isfinite(row.best);
 
   uint32_t token = task.scored;
   const bool picks = task.scored == SampleTask::kSample;
@@ -258,14 +281,21 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
   }
   if (finite && task.top > 0) report_top(logits, vocab, task.top, tops + size_t{blockIdx.x} * max_top);
-  if (threadIdx.x == 0) results[blockIdx.x] = {token, finite ? logits[token] : 0, best.value + logf(mass), finite};
+  if (threadIdx.x == 0) {
+    results[blockIdx.x] = {token, finite ? logits[token] : 0, row.best + logf(row.sum), finite};
+    if (picks) last_tokens[task.slot] = finite ? token : 0;
+  }
 }
 
 }  // namespace
 
 void sample(float* logits, uint32_t vocab, const SampleTask* tasks, uint32_t count, const Adjustment* adjustments,
-            float* saved, SampleResult* results, TopEntry* tops, uint32_t max_top, cudaStream_t stream) {
-  sample_kernel<<<count, kThreads, 0, stream>>>(logits, vocab, tasks, adjustments, saved, results, tops, max_top);
+            float* saved, Survey* surveys, SampleResult* results, TopEntry* tops, uint32_t max_top,
+            uint32_t* last_tokens, cudaStream_t stream) {
+  survey_kernel<<<dim3(kParts, count), kSurveyThreads, 0, stream>>>(logits, vocab, tasks, surveys);
+  GEMMA_CUDA_CHECK(cudaGetLastError());
+  sample_kernel<<<count, kThreads, 0, stream>>>(logits, vocab, tasks, surveys, adjustments, saved, results, tops,
+                                                max_top, last_tokens);
   GEMMA_CUDA_CHECK(cudaGetLastError());
 }
 

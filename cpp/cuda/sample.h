@@ -19,6 +19,7 @@ struct Adjustment {
 
 struct SampleTask {
   uint32_t row;
+  uint32_t slot;    // of last_tokens
   uint32_t scored;  // the token to look up; kSample: pick one
   float temperature;
   uint32_t top_k;  // 0: off
@@ -43,9 +44,20 @@ struct TopEntry {
   float logit;
 };
 
-// One block a task. tops is [tasks, max_top], each row's entries in no order; saved holds a float an adjustment. The
+// A part of a row of logits: its best, the sum of exp(logit - best), and whether none is NaN.
+struct Survey {
+  float best;
+  uint32_t token;
+  float sum;
+  uint32_t finite;
+};
+constexpr uint32_t kSurveyParts = 32;  // of a row
+
+// tops is [tasks, max_top], each row's entries in no order; saved holds a float an adjustment, surveys [tasks,
+// kSurveyParts]. The
 // logits are changed while a task runs and restored.
 void sample(float* logits, uint32_t vocab, const SampleTask* tasks, uint32_t count, const Adjustment* adjustments,
-            float* saved, SampleResult* results, TopEntry* tops, uint32_t max_top, cudaStream_t stream);
+            float* saved, Survey* surveys, SampleResult* results, TopEntry* tops, uint32_t max_top,
+            uint32_t* last_tokens, cudaStream_t stream);
 
 }  // namespace gemma_cuda::cuda

@@ -26,9 +26,13 @@ struct Matrix {  // row-major, contiguous
   uint32_t rows = 0, cols = 0;
 };
 
+// An id that stands for last_tokens[id - kPendingToken]: a token that is still being sampled.
+constexpr uint32_t kPendingToken = 1u << 31;
+
 // residual[i] = table[ids[i]] * scale
 struct EmbedArgs {
-  const uint32_t* ids;  // [t], each below table.rows
+  const uint32_t* ids;  // [t], each below table.rows, or pending
+  const uint32_t* last_tokens = nullptr;
   uint32_t tokens;
   Matrix table;     // [vocab, h]
   float scale;      // sqrt(h), rounded to act
@@ -57,7 +61,7 @@ struct GemmArgs {
   void* out;      // [t, n]
   DType out_dtype;
   uint32_t tokens;
-  uint32_t capacity = 0;  // rows that x and out have room for, if more than `tokens`: the rest of out may be overwritten
+  uint32_t capacity = 0;  // rows that x and out have room for; those of out past `tokens` may be overwritten
 };
 
 // One layer of the paged cache. Keys and values each [page][kv_head][page_size][head_dim].
@@ -123,6 +127,7 @@ struct SoftCapArgs {
 // A row of logits to sample from, with what its sequence has seen.
 struct SampleRow {
   uint32_t row;
+  uint32_t slot;                     // the sequence's number
   const SamplingConfig* config;      // host
   std::span<const uint32_t> tokens;  // host: prompt and generated
   uint32_t prompt_tokens;
@@ -161,6 +166,8 @@ class Backend {
   // Records the operations that `work` asks for, without running them; to be called only where captures().
   virtual std::unique_ptr<Graph> capture(const std::function<void()>& work) = 0;
   virtual bool captures() const = 0;
+  // Whether operations go on while the host prepares the next ones.
+  virtual bool asynchronous() const = 0;
 
   virtual void embed(const EmbedArgs& args) = 0;
   virtual void norm(const NormArgs& args) = 0;
@@ -170,8 +177,12 @@ class Backend {
   virtual void geglu(const GegluArgs& args) = 0;
   virtual void soft_cap(const SoftCapArgs& args) = 0;
 
-  // logits [rows, vocab] float32. A row with a NaN throws.
-  virtual std::vector<ScoredToken> sample(const float* logits, uint32_t vocab, std::span<const SampleRow> rows) = 0;
+  // Starts sampling rows of logits, [rows, vocab] float32; each token also goes to last_tokens[its slot], on the
+  // device. finish_sample() waits for the calls in their order and returns their results; a row with a NaN throws
+  // there.
+  virtual void start_sample(const float* logits, uint32_t vocab, std::span<const SampleRow> rows,
+                            uint32_t* last_tokens) = 0;
+  virtual std::vector<ScoredToken> finish_sample() = 0;
   virtual std::vector<ScoredToken> score(const float* logits, uint32_t vocab, std::span<const ScoreRow> rows) = 0;
 };
 

@@ -25,6 +25,9 @@ struct SamplingConfig {
   std::vector<uint32_t> stop_tokens;  // cannot be sampled before min_new_tokens others were
   uint32_t min_new_tokens = 0;
   uint32_t top_logprobs = 0;  // how many of the likeliest tokens to report
+
+  // Whether the tokens so far change what comes next.
+  bool looks_back() const { return repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0; }
 };
 
 struct TokenLogprob {

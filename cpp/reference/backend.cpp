@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <new>
 
 #include "core/error.h"
@@ -79,6 +80,7 @@ class ReferenceBackend final : public Backend {
   }
 
   bool captures() const override { return false; }
+  bool asynchronous() const override { return false; }
   std::unique_ptr<Graph> capture(const std::function<void()>&) override {
     throw Error::device("the reference backend has no graphs");
   }
@@ -86,7 +88,8 @@ class ReferenceBackend final : public Backend {
   void embed(const EmbedArgs& args) override {
     const uint32_t hidden = args.table.cols;
     pool_.run(args.tokens, [&](uint32_t t) {
-      const size_t from = size_t{args.ids[t]} * hidden;
+      const uint32_t id = args.ids[t] < kPendingToken ? args.ids[t] : args.last_tokens[args.ids[t] - kPendingToken];
+      const size_t from = size_t{id} * hidden;
       float* out = args.residual + size_t{t} * hidden;
       for (uint32_t i = 0; i < hidden; ++i)
         out[i] = args.scale * (args.table.dtype == DType::f32
@@ -134,10 +137,23 @@ class ReferenceBackend final : public Backend {
               [&](size_t begin, size_t end) { kernels_.soft_cap(args.x + begin, end - begin, args.cap); });
   }
 
-  std::vector<ScoredToken> sample(const float* logits, uint32_t vocab, std::span<const SampleRow> rows) override {
-    std::vector<ScoredToken> out;
-    for (const SampleRow& row : rows)
-      out.push_back(sample_token(kernels_, {logits + size_t{row.row} * vocab, vocab}, row));
+  void start_sample(const float* logits, uint32_t vocab, std::span<const SampleRow> rows,
+                    uint32_t* last_tokens) override {
+    std::vector<ScoredToken>& out = sampled_.emplace_back();
+    try {
+      for (const SampleRow& row : rows) {
+        out.push_back(sample_token(kernels_, {logits + size_t{row.row} * vocab, vocab}, row));
+        last_tokens[row.slot] = out.back().token;
+      }
+    } catch (...) {
+      sampled_.pop_back();
+      throw;
+    }
+  }
+
+  std::vector<ScoredToken> finish_sample() override {
+    std::vector<ScoredToken> out = std::move(sampled_.front());
+    sampled_.pop_front();
     return out;
   }
 
@@ -160,6 +176,7 @@ class ReferenceBackend final : public Backend {
   ThreadPool pool_;
   const Kernels& kernels_;
   const DType act_;
+  std::deque<std::vector<ScoredToken>> sampled_;
 };
 
 }  // namespace

@@ -48,7 +48,7 @@ std::vector<Candidate> largest(std::span<const float> scores, uint32_t n) {
 void adjust(std::vector<float>& logits, const SampleRow& row) {
   const SamplingConfig& config = *row.config;
   for (const TokenBias& bias : config.logit_bias) logits[bias.token] += bias.bias;
-  if (config.repetition_penalty != 1 || config.presence_penalty != 0 || config.frequency_penalty != 0) {
+  if (config.looks_back()) {
     std::unordered_map<uint32_t, uint32_t> generated;  // token -> times generated
     for (size_t i = 0; i < row.tokens.size(); ++i) generated[row.tokens[i]] += i >= row.prompt_tokens;
     for (const auto& [token, times] : generated) {

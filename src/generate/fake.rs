@@ -2,7 +2,7 @@
 //! fails where a test tells it to, which the real engine cannot do on demand. Its next token depends on all tokens of
 //! the sequence, so a sequence that lost or repeated one would show.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use super::scheduler::{Core, Limits};
 use crate::engine::{ItemOutput, SamplingConfig, ScoredToken, StepItem};
@@ -29,6 +29,9 @@ pub(crate) struct FakeEngine {
     /// Pages that free_pages() reports but step() does not have, as of an engine that miscounts.
     pub missing_pages: usize,
     pub panics_on_remove: bool,
+    /// Whether it asks to be given the next step before the last is collected.
+    pub ahead: bool,
+    launched: VecDeque<Vec<ItemOutput>>,
 }
 
 impl FakeEngine {
@@ -41,6 +44,8 @@ impl FakeEngine {
             faults: HashMap::new(),
             missing_pages: 0,
             panics_on_remove: false,
+            ahead: false,
+            launched: VecDeque::new(),
         }
     }
 
@@ -100,7 +105,8 @@ impl Core for FakeEngine {
         Ok((cached + tokens).div_ceil(self.limits.page_size) - cached.div_ceil(self.limits.page_size))
     }
 
-    fn step(&mut self, items: &[StepItem]) -> Result<Vec<ItemOutput>> {
+    fn launch(&mut self, items: &[StepItem]) -> Result<()> {
+        assert!(self.launched.len() < 2, "too far ahead");
         self.steps.push(items.to_vec());
         match self.faults.remove(&(self.steps.len() - 1)) {
             Some(Fault::Error(error)) => return Err(error),
@@ -133,6 +139,19 @@ impl Core for FakeEngine {
                 hidden: Vec::new(),
             });
         }
+        self.launched.push_back(outputs);
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<ItemOutput>> {
+        let mut outputs = self.launched.pop_front().expect("a step is launched");
+        for output in outputs.iter_mut().filter(|output| !self.sequences.contains_key(&output.sequence)) {
+            output.sampled.clear();
+        }
         Ok(outputs)
+    }
+
+    fn runs_ahead(&self) -> bool {
+        self.ahead
     }
 }

@@ -78,6 +78,20 @@ impl Job {
         self.plan.max_new_tokens > 0
     }
 
+    /// Tokens still to be generated.
+    pub fn left(&self) -> usize {
+        self.plan.max_new_tokens - self.generated.len()
+    }
+
+    /// Whether its next step depends on everything the step before gave: on the tokens, for penalties, or on scores.
+    pub fn looks_back(&self) -> bool {
+        let sampling = &self.plan.sampling;
+        sampling.repetition_penalty != 1.0
+            || sampling.presence_penalty != 0.0
+            || sampling.frequency_penalty != 0.0
+            || self.unscored().is_some()
+    }
+
     /// How many of the known tokens must be fed: all to generate the next one, all but the last to score them.
     pub fn to_feed(&self) -> usize {
         if self.generates() { self.tokens.len() } else { self.tokens.len() - 1 }

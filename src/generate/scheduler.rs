@@ -5,6 +5,8 @@
 //!   some left for the others to grow.
 //! - A step first moves on everyone who needs a single token, then spends what is left of the token budget on prompts,
 //!   the oldest first, so that a long prompt is computed in chunks beside the others' generation.
+//! - On a device that works on its own, a step is launched before the one before it is collected, so that the device
+//!   never waits. A job that turns out to have ended has then been computed one token too far, which is dropped.
 //! - When pages run out, the youngest gives its own back and waits at the head of the queue; its tokens are computed
 //!   again later. The oldest never gives way, and everyone becomes the oldest, so everyone finishes.
 
@@ -29,7 +31,11 @@ pub(crate) trait Core {
     fn cached_tokens(&self, sequence: u32) -> Result<usize>;
     fn free_pages(&self) -> usize;
     fn pages_for(&self, sequence: u32, tokens: usize) -> Result<usize>;
-    fn step(&mut self, items: &[StepItem]) -> Result<Vec<ItemOutput>>;
+    fn launch(&mut self, items: &[StepItem]) -> Result<()>;
+    /// Waits for the oldest launched step.
+    fn collect(&mut self) -> Result<Vec<ItemOutput>>;
+    /// Whether a second step may be launched before the first is collected, and should be.
+    fn runs_ahead(&self) -> bool;
 }
 
 /// What the engine was built with.
@@ -71,8 +77,31 @@ pub struct Usage {
 struct Running {
     job: Job,
     sequence: u32,
-    /// Tokens whose keys and values are in the cache.
+    /// No other has or had it; the engine gives a sequence's number out again.
+    serial: u64,
+    /// Tokens whose keys and values are in the cache once all launched steps are done.
     cached: usize,
+    /// Tokens that launched steps sample and that are not collected.
+    pending: usize,
+}
+
+impl Running {
+    /// Tokens to be fed for the next one, the pending ones among them.
+    fn to_feed(&self) -> usize {
+        self.job.to_feed() + self.pending
+    }
+
+    /// Whether it has something to do in the next step.
+    fn goes_on(&self) -> bool {
+        !self.job.generates() || self.job.left() > self.pending
+    }
+}
+
+/// An item of a launched step.
+#[derive(Clone, Copy)]
+struct Launched {
+    item: StepItem,
+    serial: u64,
 }
 
 /// What a step may still take.
@@ -89,6 +118,9 @@ pub(crate) struct Scheduler<E> {
     waiting: VecDeque<Job>,
     /// The oldest first.
     running: Vec<Running>,
+    /// Steps that are not collected, the oldest first.
+    launched: VecDeque<Vec<Launched>>,
+    serials: u64,
 }
 
 /// Methods return an error only when the engine breaks its contract; then nothing it holds can be trusted any more.
@@ -97,7 +129,14 @@ impl<E: Core> Scheduler<E> {
     pub fn new(engine: E, limits: Limits) -> Self {
         debug_assert!(limits.max_batch_tokens >= limits.max_sequences);
         debug_assert!(limits.max_logit_rows >= limits.max_sequences);
-        Scheduler { engine, limits, waiting: VecDeque::new(), running: Vec::new() }
+        Scheduler {
+            engine,
+            limits,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            launched: VecDeque::new(),
+            serials: 0,
+        }
     }
 
     pub fn submit(&mut self, job: Job) {
@@ -105,7 +144,7 @@ impl<E: Core> Scheduler<E> {
     }
 
     pub fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.is_empty()
+        self.waiting.is_empty() && self.running.is_empty() && self.launched.is_empty()
     }
 
     pub fn usage(&self) -> Usage {
@@ -117,19 +156,63 @@ impl<E: Core> Scheduler<E> {
         }
     }
 
-    /// Runs one step. Unless the scheduler is idle, at least one job moves on or ends.
+    /// Launches a step and collects one. Unless the scheduler is idle, at least one job moves on or ends, or a step is on
+    /// its way.
     pub fn tick(&mut self) -> Result<()> {
         self.retire_cancelled()?;
+        if !self.may_run_ahead()? {
+            self.collect_all()?;
+        }
         self.admit()?;
         let reserved = self.make_room()?;
         let items = self.plan(reserved)?;
         if items.is_empty() {
-            return Ok(());
+            return self.collect_all();
         }
-        match self.engine.step(&items) {
-            Ok(outputs) => self.advance(&items, outputs),
-            Err(error) => self.step_failed(&items, error),
+        let launched = items.iter().map(|item| self.tag(*item)).collect::<Result<Vec<_>>>()?;
+        if let Err(error) = self.engine.launch(&items) {
+            self.collect_all()?;
+            return self.step_failed(&launched, error);
         }
+        for item in &items {
+            let index = self.index_of(item.sequence)?;
+            self.running[index].cached += item.tokens as usize;
+            self.running[index].pending += usize::from(item.sample);
+        }
+        self.launched.push_back(launched);
+        if self.launched.len() > 1 || !self.engine.runs_ahead() { self.collect() } else { Ok(()) }
+    }
+
+    /// Whether the next step can be planned without knowing what the last one gave.
+    fn may_run_ahead(&self) -> Result<bool> {
+        if self.launched.is_empty() {
+            return Ok(true);
+        }
+        let mut needed = 0;
+        for running in self.running.iter().filter(|running| running.goes_on()) {
+            needed += self.engine.pages_for(running.sequence, 1)?;
+        }
+        // Nobody can give way while its last token is unknown.
+        Ok(needed <= self.engine.free_pages() && !self.running.iter().any(|running| running.job.looks_back()))
+    }
+
+    fn collect_all(&mut self) -> Result<()> {
+        while !self.launched.is_empty() {
+            self.collect()?;
+        }
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<()> {
+        let Some(launched) = self.launched.pop_front() else { return Ok(()) };
+        match self.engine.collect() {
+            Ok(outputs) => self.advance(&launched, outputs),
+            Err(error) => self.step_failed(&launched, error),
+        }
+    }
+
+    fn tag(&self, item: StepItem) -> Result<Launched> {
+        Ok(Launched { item, serial: self.running[self.index_of(item.sequence)?].serial })
     }
 
     pub fn cancel_all(&mut self) -> Result<()> {
@@ -168,7 +251,7 @@ impl<E: Core> Scheduler<E> {
             let Some(job) = self.waiting.front() else { break };
             let mut promised = 0;
             for running in &self.running {
-                let rest = running.job.to_feed() - running.cached + self.limits.page_size;
+                let rest = running.to_feed() - running.cached + self.limits.page_size;
                 promised += self.engine.pages_for(running.sequence, rest)?;
             }
             let need = self.limits.pages_of(job.tokens().len() + 1);
@@ -190,7 +273,8 @@ impl<E: Core> Scheduler<E> {
                         )));
                     }
                     job.admitted(cached);
-                    self.running.push(Running { job, sequence, cached });
+                    self.serials += 1;
+                    self.running.push(Running { job, sequence, serial: self.serials, cached, pending: 0 });
                 }
                 Err(error) => job.fail(error),
             }
@@ -203,6 +287,10 @@ impl<E: Core> Scheduler<E> {
         let mut reserved = 0;
         let mut index = 0;
         while index < self.running.len() {
+            if !self.running[index].goes_on() {
+                index += 1;
+                continue;
+            }
             let need = self.engine.pages_for(self.running[index].sequence, 1)?;
             if reserved + need <= self.engine.free_pages() {
                 reserved += need;
@@ -239,8 +327,11 @@ impl<E: Core> Scheduler<E> {
             pages: self.engine.free_pages() - reserved,
         };
         let mut items = Vec::with_capacity(self.running.len());
-        let (single, many): (Vec<_>, Vec<_>) =
-            self.running.iter().partition(|running| running.job.to_feed() - running.cached == 1);
+        let (single, many): (Vec<_>, Vec<_>) = self
+            .running
+            .iter()
+            .filter(|running| running.goes_on())
+            .partition(|running| running.to_feed() - running.cached == 1);
         for running in single.into_iter().chain(many) {
             items.extend(self.plan_item(running, &mut budget)?);
         }
@@ -249,8 +340,8 @@ impl<E: Core> Scheduler<E> {
 
     /// As many of the sequence's next tokens as the budget allows, which it reduces.
     fn plan_item(&self, running: &Running, budget: &mut Budget) -> Result<Option<StepItem>> {
-        let Running { job, sequence, cached } = running;
-        let mut tokens = (job.to_feed() - cached).min(budget.tokens);
+        let Running { job, sequence, cached, .. } = running;
+        let mut tokens = (running.to_feed() - cached).min(budget.tokens);
         let score = match job.unscored() {
             Some(first) if *cached < first => {
                 tokens = tokens.min(first - cached); // scored before it had to give way
@@ -267,7 +358,7 @@ impl<E: Core> Scheduler<E> {
             // One page less: down to where the last of its pages begins.
             tokens = ((cached + tokens - 1) / self.limits.page_size * self.limits.page_size).saturating_sub(*cached);
         }
-        let ends = |tokens| cached + tokens == job.to_feed();
+        let ends = |tokens| cached + tokens == running.to_feed();
         if job.generates() && ends(tokens) && budget.rows == 0 {
             tokens = tokens.saturating_sub(1);
         }
@@ -281,16 +372,16 @@ impl<E: Core> Scheduler<E> {
         Ok(Some(StepItem { sample, score, ..StepItem::feed(*sequence, tokens as u32) }))
     }
 
-    fn advance(&mut self, items: &[StepItem], outputs: Vec<ItemOutput>) -> Result<()> {
-        if outputs.len() != items.len() {
-            return Err(Error::Engine(format!("a step of {} items returned {}", items.len(), outputs.len())));
+    fn advance(&mut self, launched: &[Launched], outputs: Vec<ItemOutput>) -> Result<()> {
+        if outputs.len() != launched.len() {
+            return Err(Error::Engine(format!("a step of {} items returned {}", launched.len(), outputs.len())));
         }
-        for (item, output) in items.iter().zip(outputs) {
-            let index = self.index_of(item.sequence)?;
+        for (Launched { item, serial }, output) in launched.iter().zip(outputs) {
+            let Some(index) = self.position(*serial) else { continue }; // it has ended since
             if output.sequence != item.sequence || item.sample != (output.sampled.len() == 1) {
                 return Err(Error::Engine(format!("a step returned no token for sequence {}", item.sequence)));
             }
-            self.running[index].cached += item.tokens as usize;
+            self.running[index].pending -= usize::from(item.sample);
             match self.running[index].job.advance(output) {
                 Ok(None) => {}
                 Ok(Some(reason)) => self.finish(index, reason)?,
@@ -301,14 +392,15 @@ impl<E: Core> Scheduler<E> {
     }
 
     /// On error nothing has changed in the engine. Pages can be waited for; anything else ends the step's requests.
-    fn step_failed(&mut self, items: &[StepItem], error: Error) -> Result<()> {
-        tracing::warn!(%error, sequences = items.len(), "a step failed");
+    fn step_failed(&mut self, launched: &[Launched], error: Error) -> Result<()> {
+        tracing::warn!(%error, sequences = launched.len(), "a step failed");
         if matches!(error, Error::OutOfPages(_)) {
             return self.give_way(error);
         }
-        for item in items {
-            let index = self.index_of(item.sequence)?;
-            self.fail(index, error.duplicate())?;
+        for Launched { serial, .. } in launched {
+            if let Some(index) = self.position(*serial) {
+                self.fail(index, error.duplicate())?;
+            }
         }
         Ok(())
     }
@@ -325,6 +417,10 @@ impl<E: Core> Scheduler<E> {
         self.engine.remove_sequence(running.sequence)?;
         running.job.fail(error);
         Ok(())
+    }
+
+    fn position(&self, serial: u64) -> Option<usize> {
+        self.running.iter().position(|running| running.serial == serial)
     }
 
     fn index_of(&self, sequence: u32) -> Result<usize> {

@@ -16,7 +16,7 @@ const reference::Kernels& kernels() { return *reference::usable_kernels().back()
 
 ScoredToken sample(const vector<float>& logits, const SamplingConfig& config, vector<uint32_t> tokens = {0},
                    uint32_t prompt = 1) {
-  return reference::sample_token(kernels(), logits, {0, &config, tokens, prompt});
+  return reference::sample_token(kernels(), logits, {0, 0, &config, tokens, prompt});
 }
 
 // The known answers of the Random123 distribution.

@@ -191,6 +191,44 @@ fn cancelled_jobs_end_with_what_they_have_wherever_they_are() {
     }
 }
 
+/// While a step is on its way the next one is launched, up to the last token that is wanted and no further.
+#[test]
+fn a_device_that_works_on_its_own_never_waits() {
+    let mut scheduler = scheduler(LIMITS);
+    scheduler.engine.ahead = true;
+    let caller = submit(&mut scheduler, plan(&[1, 2, 3], 6));
+    scheduler.tick().unwrap();
+    assert!(caller.result().is_none() && scheduler.launched.len() == 1);
+    scheduler.tick().unwrap();
+    assert_eq!((scheduler.launched.len(), scheduler.running[0].pending), (1, 1));
+    drain(&mut scheduler);
+    assert_eq!(scheduler.engine.steps.len(), 6);
+    assert_eq!(caller.result().unwrap().unwrap().token_ids, expected(&[1, 2, 3], 6));
+
+    let stop = expected(&[1, 2, 3], 3)[2];
+    let caller = submit(&mut scheduler, Plan { stop_tokens: vec![stop], ..plan(&[1, 2, 3], 6) });
+    let (_, other) = (drain(&mut scheduler), submit(&mut scheduler, plan(&[4], 2)));
+    assert_eq!(scheduler.engine.steps.len(), 6 + 4); // one too far
+    assert_eq!(caller.result().unwrap().unwrap().token_ids, expected(&[1, 2, 3], 3));
+    drain(&mut scheduler);
+    assert_eq!(other.result().unwrap().unwrap().token_ids, expected(&[4], 2));
+}
+
+/// Penalties need every token: nothing is launched before the last one is known.
+#[test]
+fn a_job_with_penalties_is_not_run_ahead() {
+    let mut scheduler = scheduler(LIMITS);
+    scheduler.engine.ahead = true;
+    let sampling = SamplingParams { repetition_penalty: Some(1.2), ..SamplingParams::greedy() };
+    let sampling = sampling.resolve(&GenerationConfig::default(), 100).unwrap();
+    let caller = submit(&mut scheduler, Plan { sampling, ..plan(&[1, 2, 3], 6) });
+    for _ in 0..20 {
+        scheduler.tick().unwrap();
+        assert!(scheduler.running.iter().all(|running| running.pending <= 1) && scheduler.launched.len() <= 1);
+    }
+    assert_eq!(caller.result().unwrap().unwrap().token_ids, expected(&[1, 2, 3], 6));
+}
+
 proptest! {
     /// Whatever the mix, the limits and the cancellations: everyone ends, with its own tokens, and every page returns.
     /// The fake checks each step against the limits.
@@ -200,12 +238,14 @@ proptest! {
         pages in 13usize..30,
         max_sequences in 1usize..6,
         spare_tokens in 0usize..10,
+        ahead in any::<bool>(),
     ) {
         let limits = Limits {
             pages, max_sequences, max_batch_tokens: max_sequences + spare_tokens, max_logit_rows: max_sequences,
             ..LIMITS
         };
         let mut scheduler = scheduler(limits);
+        scheduler.engine.ahead = ahead;
         let mut callers = Vec::new();
         for (index, &(length, new_tokens, score, cancel_at)) in jobs.iter().enumerate() {
             let prompt: Vec<u32> = (0..length).map(|i| (index * 7 + i) as u32 % 90).collect();

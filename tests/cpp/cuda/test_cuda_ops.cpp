@@ -86,11 +86,17 @@ class Suite {
 
   void embed(const Model& m) {
     auto table = random(size_t{64} * m.hidden);
-    auto ids = both(vector<uint32_t>{0, 63, 5, 5, 17});
+    auto ids = both(vector<uint32_t>{0, 63, 5, kPendingToken + 1, 17}), last = both(vector<uint32_t>{3, 33});
     auto out = both(vector<float>(5 * size_t{m.hidden}, NAN));
-    const float scale = 55.5f;
-    reference_->embed({ids.host.data(), 5, {table.host.data(), DType::bf16, 64, m.hidden}, scale, out.host.data()});
-    gpu_->embed({ids.gpu(), 5, {table.gpu(), DType::bf16, 64, m.hidden}, scale, out.gpu()});
+    EmbedArgs args{.ids = ids.host.data(),
+                   .last_tokens = last.host.data(),
+                   .tokens = 5,
+                   .table = {table.host.data(), DType::bf16, 64, m.hidden},
+                   .scale = 55.5f,
+                   .residual = out.host.data()};
+    reference_->embed(args);
+    args.ids = ids.gpu(), args.last_tokens = last.gpu(), args.table.data = table.gpu(), args.residual = out.gpu();
+    gpu_->embed(args);
     CHECK(download(out) == out.host);
   }
 
@@ -276,9 +282,14 @@ class Suite {
       for (uint32_t i = 0; i < 30; ++i) seen.push_back(test::below(i % 2 ? 10 : vocab));
     }
     vector<SampleRow> asked;
-    for (uint32_t r = 0; r < rows; ++r) asked.push_back({r, &configs[r], tokens[r], 10});
-    const auto want = reference_->sample(logits.host.data(), vocab, asked);
-    const auto got = gpu_->sample(logits.gpu(), vocab, asked);
+    for (uint32_t r = 0; r < rows; ++r) asked.push_back({r, rows - 1 - r, &configs[r], tokens[r], 10});
+    auto last = both(vector<uint32_t>(rows, ~0u)), other = both(vector<uint32_t>(rows, ~0u));
+    reference_->start_sample(logits.host.data(), vocab, asked, last.host.data());
+    gpu_->start_sample(logits.gpu(), vocab, asked, last.gpu());
+    gpu_->start_sample(logits.gpu(), vocab, std::span(asked).first(1), other.gpu());  // before the first is finished
+    const auto want = reference_->finish_sample(), got = gpu_->finish_sample();
+    CHECK(gpu_->finish_sample()[0].token == want[0].token);
+    CHECK(download(last) == last.host);
     CHECK(download(logits) == logits.host);  // restored
     vector<ScoreRow> looked_up;
     for (uint32_t r = 0; r < rows; ++r) looked_up.push_back({rows - 1 - r, test::below(vocab), r % 3});
