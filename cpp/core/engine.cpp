@@ -140,6 +140,7 @@ void Engine::load_random(uint64_t seed) { state_->weights.load_random(seed); }
 
 void Engine::finish_loading() {
   state_->weights.require_all();
+  state_->forward.warm_up(state_->last_tokens.as<uint32_t>());
   state_->ready = true;
 }
 

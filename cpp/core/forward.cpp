@@ -87,9 +87,9 @@ uint64_t Forward::logit_bytes(const ModelSpec& spec, const ForwardLimits& limits
 
 const float* Forward::run(const BatchPlan& plan, const uint32_t* last_tokens, std::vector<std::vector<float>>* hidden) {
   last_tokens_ = last_tokens;
-  const bool decode = plan.max_new == 1 && plan.logit_rows.size() == plan.tokens() && hidden == nullptr;
-  if (decode && limits_.graphs && backend_.captures() && decode_bucket(plan.sequences()) <= captured_rows()) {
-    run_decode(plan);
+  if (Graph* graph = hidden == nullptr ? captured(plan) : nullptr) {
+    upload(fill_up(plan, decode_bucket(plan.sequences()), max_pages()));
+    graph->launch();
   } else {
     upload(plan);
     pass(plan, hidden);
@@ -97,22 +97,34 @@ const float* Forward::run(const BatchPlan& plan, const uint32_t* last_tokens, st
   return act_.logits.as<float>();
 }
 
+// The recorded pass that can serve this plan.
+Graph* Forward::captured(const BatchPlan& plan) const {
+  if (plan.max_new != 1 || plan.logit_rows.size() != plan.tokens()) return nullptr;
+  const auto found = captured_.find(decode_bucket(plan.sequences()));
+  return found == captured_.end() ? nullptr : found->second.get();
+}
+
+void Forward::warm_up(const uint32_t* last_tokens) {
+  if (!backend_.captures()) return;
+  last_tokens_ = last_tokens;
+  const uint32_t most = std::min(captured_rows(), decode_bucket(limits_.sequences));
+  backend_.tune(true);
+  for (uint32_t rows = 1; rows <= most; rows = decode_bucket(rows + 1)) {
+    BatchPlan nobody;
+    nobody.cu_seqlens = {0};
+    nobody.max_new = 1;
+    const BatchPlan plan = fill_up(nobody, rows, max_pages());
+    upload(plan);
+    pass(plan, nullptr);  // libraries choose their algorithms, scratch memory grows: nothing that can be recorded
+    if (limits_.graphs) captured_[rows] = backend_.capture([&] { pass(plan, nullptr); });
+  }
+  backend_.tune(false);
+}
+
+uint32_t Forward::max_pages() const { return static_cast<uint32_t>(pages_per_sequence(spec_, limits_)); }
+
 // Rows that a captured pass may have: what the activations hold.
 uint32_t Forward::captured_rows() const { return std::min(limits_.tokens, limits_.logit_rows); }
-
-void Forward::run_decode(const BatchPlan& plan) {
-  const uint32_t bucket = decode_bucket(plan.sequences());
-  const BatchPlan full = fill_up(plan, bucket, static_cast<uint32_t>(pages_per_sequence(spec_, limits_)));
-  upload(full);
-  CapturedPass& captured = captured_[bucket];
-  if (!captured.warm) {  // libraries choose their algorithms, scratch memory grows: nothing that can be recorded
-    pass(full, nullptr);
-    captured.warm = true;
-    return;
-  }
-  if (captured.graph == nullptr) captured.graph = backend_.capture([&] { pass(full, nullptr); });
-  captured.graph->launch();
-}
 
 void Forward::pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidden) {
   const uint32_t tokens = plan.tokens(), layers = static_cast<uint32_t>(spec_.layers.size());

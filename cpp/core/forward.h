@@ -28,6 +28,10 @@ class Forward {
   // Allocates the KV cache and all that a pass within the limits needs. The arguments outlive it.
   Forward(Backend& backend, const ModelSpec& spec, const Weights& weights, ForwardLimits limits);
 
+  // Runs a decode pass of every size once, on rows that see and write nothing, and captures it: what is slow the first
+  // time is over before the first step. Nothing where the backend does not capture.
+  void warm_up(const uint32_t* last_tokens);
+
   // Leaves the logits of plan.logit_rows on the device, float32 [r, vocab]; valid until the next pass. Where `hidden`
   // is given it becomes [layers + 1][t, hidden_size]: the scaled embeddings, each layer's output, the last one after
   // the final norm. `last_tokens`, on the device, is where pending tokens are; always the same.
@@ -58,15 +62,10 @@ class Forward {
     Buffer keys, values;
   };
 
-  // A decode pass of so many sequences, recorded at its second use; the first one warms up.
-  struct CapturedPass {
-    bool warm = false;
-    std::unique_ptr<Graph> graph;
-  };
-
   uint32_t captured_rows() const;
+  uint32_t max_pages() const;
   void upload(const BatchPlan& plan);
-  void run_decode(const BatchPlan& plan);
+  Graph* captured(const BatchPlan& plan) const;
   void pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidden);
   void attention_block(uint32_t layer, const BatchPlan& plan);
   void mlp_block(uint32_t layer, uint32_t tokens);
@@ -87,7 +86,7 @@ class Forward {
   const uint32_t* last_tokens_ = nullptr;
   Activations act_;
   std::vector<KvBuffers> kv_;
-  std::map<uint32_t, CapturedPass> captured_;  // by sequences; destroyed before what it points to
+  std::map<uint32_t, std::unique_ptr<Graph>> captured_;  // by sequences; destroyed before what it points to
 };
 
 }  // namespace gemma_cuda

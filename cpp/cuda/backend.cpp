@@ -152,6 +152,7 @@ class CudaBackend final : public Backend {
   }
 
   bool captures() const override { return true; }
+  void tune(bool on) override { gemm_->search(on); }
   bool asynchronous() const override { return true; }
   std::unique_ptr<Graph> capture(const std::function<void()>& work) override {
     const DeviceScope scope(device_.index);
@@ -162,16 +163,16 @@ class CudaBackend final : public Backend {
     on_device([&] { cuda::embed(args, stream_); });
   }
   void norm(const NormArgs& args) override {
-    on_device([&] { cuda::norm(args, stream_); });
+    on_device([&] { cuda::norm(args, stream()); });
   }
   void gemm(const GemmArgs& args) override {
     on_device([&] { gemm_->run(args, stream_); });
   }
   void rope(const RopeArgs& args) override {
-    on_device([&] { cuda::rope(args, stream_); });
+    on_device([&] { cuda::rope(args, stream()); });
   }
   void geglu(const GegluArgs& args) override {
-    on_device([&] { cuda::geglu(args, stream_); });
+    on_device([&] { cuda::geglu(args, stream()); });
   }
   void soft_cap(const SoftCapArgs& args) override {
     on_device([&] { cuda::soft_cap(args, stream_); });
@@ -179,8 +180,8 @@ class CudaBackend final : public Backend {
   void attention(const AttentionArgs& args) override {
     on_device([&] {
       const size_t scratch = decode_scratch_bytes(device_, args.cache.head_dim, args.heads / args.cache.kv_heads);
-      decode_attention(args, device_, decode_scratch_.get<char>(scratch), stream_);
-      if (args.max_new > 1) prefill_attention(args, stream_);
+      decode_attention(args, device_, decode_scratch_.get<char>(scratch), stream());
+      if (args.max_new > 1) prefill_attention(args, stream());
     });
   }
 
@@ -199,6 +200,8 @@ class CudaBackend final : public Backend {
   }
 
  private:
+  Stream stream() const { return {stream_, device_.capability >= 90}; }
+
   template <class F>
   void on_device(F launch) {
     const DeviceScope scope(device_.index);

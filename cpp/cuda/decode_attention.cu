@@ -13,7 +13,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/check.h"
+#include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/ops.h"
 
@@ -243,11 +243,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32) decode_kernel(Decode args) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const uint32_t ring = shared_address(memory) + warp * kStages * kStage;
   uint32_t* before = reinterpret_cast<uint32_t*>(memory + warps * kStages * kStage);
-  lay_out(args, before);
+  allow_next();
+  lay_out(args, before);  // reads tables only, which are older than the kernel before
 
   const uint32_t tiles = before[args.sequences] * args.kv_heads, stretch = blockIdx.x * warps + warp;
   const uint32_t length = stretch_length(tiles, args.stretches), begin = min(tiles, stretch * length);
   Cursor here{.at = begin, .end = min(tiles, begin + length)};
+  wait_for_last();  // also those with nothing to do: whoever waits for this kernel waits for those before it
   if (here.done()) return;
   here.find(args, before);
   Cursor ahead = here;
@@ -290,7 +292,9 @@ constexpr int combine_threads(int head_dim) { return head_dim < 32 ? 32 : head_d
 template <int HeadDim>
 __global__ void __launch_bounds__(combine_threads(HeadDim)) combine_kernel(Decode args) {
   extern __shared__ uint32_t before[];
+  allow_next();
   lay_out(args, before);
+  wait_for_last();
   const uint32_t sequence = blockIdx.x, head = blockIdx.y, group = args.heads / args.kv_heads;
   const uint32_t row_tiles = before[sequence + 1] - before[sequence];
   if (row_tiles == 0) return;
@@ -332,18 +336,16 @@ Shape shape(const DeviceInfo& device, uint32_t head_dim, uint32_t sequences) {
 }
 
 template <int HeadDim>
-void launch(Decode args, const DeviceInfo& device, cudaStream_t stream) {
+void launch(Decode args, const DeviceInfo& device, const Stream& stream) {
   const Shape s = shape(device, HeadDim, args.sequences);
   const uint32_t blocks = s.blocks * device.multiprocessors;
   args.stretches = blocks * s.warps;
   GEMMA_CUDA_CHECK(cudaFuncSetAttribute(decode_kernel<HeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(s.shared)));
-  decode_kernel<HeadDim><<<blocks, s.warps * 32, s.shared, stream>>>(args);
-  GEMMA_CUDA_CHECK(cudaGetLastError());
+  launch_early(stream, blocks, s.warps * 32, s.shared, decode_kernel<HeadDim>, args);
   const uint32_t group = args.heads / args.kv_heads;
-  combine_kernel<HeadDim><<<dim3(args.sequences, args.kv_heads, group), combine_threads(HeadDim),
-                            (args.sequences + 1) * sizeof(uint32_t), stream>>>(args);
-  GEMMA_CUDA_CHECK(cudaGetLastError());
+  launch_early(stream, dim3(args.sequences, args.kv_heads, group), combine_threads(HeadDim),
+               (args.sequences + 1) * sizeof(uint32_t), combine_kernel<HeadDim>, args);
 }
 
 uint32_t most_stretches(const DeviceInfo& device) { return 3 * device.multiprocessors * kMaxWarps; }
@@ -354,7 +356,7 @@ size_t decode_scratch_bytes(const DeviceInfo& device, uint32_t head_dim, uint32_
   return size_t{2} * most_stretches(device) * group * (head_dim * sizeof(float) + sizeof(float2));
 }
 
-void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* scratch, cudaStream_t stream) {
+void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* scratch, const Stream& stream) {
   const uint32_t group = args.heads / args.cache.kv_heads;
   float2* weights = static_cast<float2*>(scratch);
   const Decode decode{.q = static_cast<const bf16_t*>(args.q),

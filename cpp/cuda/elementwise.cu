@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "cuda/check.h"
+#include "cuda/launch.cuh"
 #include "cuda/ops.h"
 #include "cuda/vector.cuh"
 #include "ops/philox.h"
@@ -25,6 +25,8 @@ __device__ float gelu_tanh(float g) {
 }
 
 __global__ void geglu_kernel(const bf16_t* gate_up, bf16_t* out, uint32_t ffn, size_t runs) {
+  allow_next();
+  wait_for_last();
   const uint32_t per_row = ffn / 8;
   for (size_t i = size_t{blockIdx.x} * blockDim.x + threadIdx.x; i < runs; i += size_t{gridDim.x} * blockDim.x) {
     const size_t row = i / per_row, column = i % per_row * 8;
@@ -71,11 +73,10 @@ void convert_to(To* to, const void* from, DType from_type, size_t count, cudaStr
 
 }  // namespace
 
-void geglu(const GegluArgs& args, cudaStream_t stream) {
+void geglu(const GegluArgs& args, const Stream& stream) {
   const size_t runs = size_t{args.tokens} * (args.ffn / 8);
-  geglu_kernel<<<blocks(runs), kThreads, 0, stream>>>(static_cast<const bf16_t*>(args.gate_up),
-                                                      static_cast<bf16_t*>(args.out), args.ffn, runs);
-  GEMMA_CUDA_CHECK(cudaGetLastError());
+  launch_early(stream, blocks(runs), kThreads, 0, geglu_kernel, static_cast<const bf16_t*>(args.gate_up),
+               static_cast<bf16_t*>(args.out), args.ffn, runs);
 }
 
 void soft_cap(const SoftCapArgs& args, cudaStream_t stream) {

@@ -2,7 +2,8 @@
 // So out^T = (w as it sees it)^T x: both inputs run along k, the form for which it has the most kernels.
 //
 // At the few rows of decode a product is bound by reading w, and the algorithm the library guesses first is up to a
-// fifth slower than its best; so there the candidates are timed, on the operands of the first call.
+// fifth slower than its best; so there the candidates are timed
+// before the first step, on the model's own weights.
 #include "cuda/gemm.h"
 
 #include <algorithm>
@@ -43,12 +44,6 @@ uint32_t rounded_rows(uint32_t rows) {
   return (rows + step - 1) / step * step;
 }
 
-bool capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status;
-  GEMMA_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-  return status != cudaStreamCaptureStatusNone;
-}
-
 }  // namespace
 
 Gemm::Gemm(void* workspace) : lt_(CublasLt::get()), workspace_(workspace) {
@@ -75,7 +70,7 @@ void Gemm::run(GemmArgs args, cudaStream_t stream) {
     found = plans_.emplace(key, plan).first;
   }
   Plan& plan = found->second;
-  if (!plan.searched && args.tokens <= kSearchedTokens && !capturing(stream)) search(plan, args, stream);
+  if (searches_ && !plan.searched && args.tokens <= kSearchedTokens) find_fastest(plan, args, stream);
   lt_.check(call(plan, plan.algorithm, args, stream), "cublasLtMatmul");
 }
 
@@ -112,7 +107,7 @@ std::vector<cublasLtMatmulHeuristicResult_t> Gemm::candidates(const Plan& plan) 
   return results;
 }
 
-void Gemm::search(Plan& plan, const GemmArgs& args, cudaStream_t stream) const {
+void Gemm::find_fastest(Plan& plan, const GemmArgs& args, cudaStream_t stream) const {
   float best = 0;
   bool first = true;
   for (const cublasLtMatmulHeuristicResult_t& candidate : candidates(plan)) {

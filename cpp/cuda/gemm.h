@@ -19,8 +19,8 @@ class Gemm {
   Gemm(const Gemm&) = delete;
   Gemm& operator=(const Gemm&) = delete;
 
-  // The first call with few tokens of a shape times the library's candidates and keeps the fastest, unless the stream
-  // is being captured.
+  // While it is on, the first call of a shape with few tokens times the library's candidates and keeps the fastest.
+  void search(bool on) { searches_ = on; }
   void run(GemmArgs args, cudaStream_t stream);
 
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
@@ -37,13 +37,14 @@ class Gemm {
 
   Plan describe(const GemmArgs& args) const;
   std::vector<cublasLtMatmulHeuristicResult_t> candidates(const Plan& plan) const;
-  void search(Plan& plan, const GemmArgs& args, cudaStream_t stream) const;
+  void find_fastest(Plan& plan, const GemmArgs& args, cudaStream_t stream) const;
   cublasStatus_t call(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const GemmArgs& args,
                       cudaStream_t stream) const;
 
   const CublasLt& lt_;
   cublasLtHandle_t handle_ = nullptr;
   void* workspace_;
+  bool searches_ = false;
   std::map<Key, Plan> plans_;
 };
 

@@ -3,7 +3,7 @@
 //
 // One block a row; a thread keeps its elements in registers between the two sums, so each byte moves once: 2 bytes of
 // delta and 4 of residual read, 4 and 2 written an element. At the few rows of decode it is bound by latency.
-#include "cuda/check.h"
+#include "cuda/launch.cuh"
 #include "cuda/ops.h"
 #include "cuda/vector.cuh"
 
@@ -48,6 +48,8 @@ __device__ float inverse_rms(const float (&x)[N][8], uint32_t hidden, float eps,
 template <int N>
 __global__ void __launch_bounds__(kThreads) norm_kernel(Norm args) {
   __shared__ float partial[32];
+  allow_next();
+  wait_for_last();
   const uint32_t row = args.rows ? args.rows[blockIdx.x] : blockIdx.x;
   float* residual = args.residual + size_t{row} * args.hidden;
   const auto column = [](int i) { return (i * kThreads + threadIdx.x) * kVector; };
@@ -93,18 +95,17 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(Norm args) {
 
 }  // namespace
 
-void norm(const NormArgs& args, cudaStream_t stream) {
+void norm(const NormArgs& args, const Stream& stream) {
   const Norm norm{args.residual, static_cast<const bf16_t*>(args.delta), args.delta_weight, args.rows,
                   args.weight,   static_cast<bf16_t*>(args.out),         args.hidden,       args.eps};
   const uint32_t runs = (args.hidden + kThreads * kVector - 1) / (kThreads * kVector);
   switch (runs) {
-    case 1: norm_kernel<1><<<args.tokens, kThreads, 0, stream>>>(norm); break;
-    case 2: norm_kernel<2><<<args.tokens, kThreads, 0, stream>>>(norm); break;
-    case 3: norm_kernel<3><<<args.tokens, kThreads, 0, stream>>>(norm); break;
-    case 4: norm_kernel<4><<<args.tokens, kThreads, 0, stream>>>(norm); break;
+    case 1: launch_early(stream, args.tokens, kThreads, 0, norm_kernel<1>, norm); break;
+    case 2: launch_early(stream, args.tokens, kThreads, 0, norm_kernel<2>, norm); break;
+    case 3: launch_early(stream, args.tokens, kThreads, 0, norm_kernel<3>, norm); break;
+    case 4: launch_early(stream, args.tokens, kThreads, 0, norm_kernel<4>, norm); break;
     default: throw Error::invalid_argument("hidden_size " + std::to_string(args.hidden) + " is more than 8192");
   }
-  GEMMA_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace gemma_cuda::cuda

@@ -15,19 +15,25 @@ struct DeviceInfo {
   int capability = 0;     // 10 * major + minor
 };
 
+// Where a kernel goes.
+struct Stream {
+  cudaStream_t stream = nullptr;
+  bool overlaps = false;  // whether a kernel may start at the end of the one before (launch.cuh)
+};
+
 void embed(const EmbedArgs& args, cudaStream_t stream);
-void norm(const NormArgs& args, cudaStream_t stream);
-void rope(const RopeArgs& args, cudaStream_t stream);
-void geglu(const GegluArgs& args, cudaStream_t stream);
+void norm(const NormArgs& args, const Stream& stream);
+void rope(const RopeArgs& args, const Stream& stream);
+void geglu(const GegluArgs& args, const Stream& stream);
 void soft_cap(const SoftCapArgs& args, cudaStream_t stream);
 // to[i] = from[i], between f32, bf16 and f16, rounded to nearest even.
 void convert(void* to, DType to_type, const void* from, DType from_type, size_t count, cudaStream_t stream);
 void fill_random(void* to, DType type, size_t count, uint64_t seed, float deviation, cudaStream_t stream);
 
 // Sequences with several new tokens.
-void prefill_attention(const AttentionArgs& args, cudaStream_t stream);
+void prefill_attention(const AttentionArgs& args, const Stream& stream);
 // Sequences with one new token. `scratch` holds decode_scratch_bytes().
-void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* scratch, cudaStream_t stream);
+void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* scratch, const Stream& stream);
 size_t decode_scratch_bytes(const DeviceInfo& device, uint32_t head_dim, uint32_t group);
 
 // Widths of a head for which there are attention kernels.

@@ -8,7 +8,7 @@
 // edge crosses one. Bound by the tensor cores: mma.sync reaches about two thirds of what wgmma would on sm_90.
 #include <cmath>
 
-#include "cuda/check.h"
+#include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/ops.h"
 
@@ -161,6 +161,8 @@ template <int HeadDim>
 __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(Prefill args) {
   extern __shared__ __align__(128) char memory[];
   constexpr int kTile = kKeys<HeadDim>;
+  allow_next();
+  wait_for_last();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t sequence = blockIdx.z, head = blockIdx.y, kv_head = head / (args.heads / args.kv_heads);
   const uint32_t begin = args.cu_seqlens[sequence], rows = args.cu_seqlens[sequence + 1] - begin;
@@ -196,18 +198,17 @@ __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(Prefill args) {
 }
 
 template <int HeadDim>
-void launch(const Prefill& args, uint32_t max_new, uint32_t sequences, cudaStream_t stream) {
+void launch(const Prefill& args, uint32_t max_new, uint32_t sequences, const Stream& stream) {
   constexpr size_t kShared = 2 * kStageBytes<HeadDim>;
   GEMMA_CUDA_CHECK(cudaFuncSetAttribute(prefill_kernel<HeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(kShared)));
-  prefill_kernel<HeadDim>
-      <<<dim3((max_new + kQueries - 1) / kQueries, args.heads, sequences), kWarps * 32, kShared, stream>>>(args);
-  GEMMA_CUDA_CHECK(cudaGetLastError());
+  launch_early(stream, dim3((max_new + kQueries - 1) / kQueries, args.heads, sequences), kWarps * 32, kShared,
+               prefill_kernel<HeadDim>, args);
 }
 
 }  // namespace
 
-void prefill_attention(const AttentionArgs& args, cudaStream_t stream) {
+void prefill_attention(const AttentionArgs& args, const Stream& stream) {
   const Prefill prefill{.q = static_cast<const bf16_t*>(args.q),
                         .keys = static_cast<const bf16_t*>(args.cache.keys),
                         .values = static_cast<const bf16_t*>(args.cache.values),

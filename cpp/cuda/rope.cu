@@ -1,7 +1,7 @@
 // Splits qkv, norms queries and keys where the model does, rotates them, and writes keys and values into the cache's
 // pages (RopeArgs). One warp a head of a token; a lane holds the pairs (i, i + head_dim / 2) it rotates, so nothing
 // but the norm's sum crosses lanes. Bound by memory, at decode by the launch.
-#include "cuda/check.h"
+#include "cuda/launch.cuh"
 #include "cuda/ops.h"
 #include "cuda/vector.cuh"
 
@@ -34,6 +34,8 @@ __device__ size_t cache_row(const Rope& args, uint32_t slot, uint32_t kv_head) {
 template <int HeadDim>
 __global__ void __launch_bounds__(kWarps * 32) rope_kernel(Rope args) {
   constexpr int kHalf = HeadDim / 2, kPairs = (kHalf + 31) / 32;
+  allow_next();
+  wait_for_last();
   const uint32_t token = blockIdx.x, lane = threadIdx.x % 32;
   const uint32_t head = blockIdx.y * kWarps + threadIdx.x / 32;  // queries, then keys, then values
   const uint32_t all = args.heads + 2 * args.kv_heads;
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kernel(Rope args) {
 
 }  // namespace
 
-void rope(const RopeArgs& args, cudaStream_t stream) {
+void rope(const RopeArgs& args, const Stream& stream) {
   const Rope rope{static_cast<const bf16_t*>(args.qkv),
                   args.positions,
                   args.slots,
@@ -106,14 +108,13 @@ void rope(const RopeArgs& args, cudaStream_t stream) {
                   static_cast<bf16_t*>(args.cache.values)};
   const dim3 grid(args.tokens, (args.heads + 2 * args.cache.kv_heads + kWarps - 1) / kWarps);
   switch (args.cache.head_dim) {
-    case 16: rope_kernel<16><<<grid, kWarps * 32, 0, stream>>>(rope); break;
-    case 32: rope_kernel<32><<<grid, kWarps * 32, 0, stream>>>(rope); break;
-    case 64: rope_kernel<64><<<grid, kWarps * 32, 0, stream>>>(rope); break;
-    case 128: rope_kernel<128><<<grid, kWarps * 32, 0, stream>>>(rope); break;
-    case 256: rope_kernel<256><<<grid, kWarps * 32, 0, stream>>>(rope); break;
+    case 16: launch_early(stream, grid, kWarps * 32, 0, rope_kernel<16>, rope); break;
+    case 32: launch_early(stream, grid, kWarps * 32, 0, rope_kernel<32>, rope); break;
+    case 64: launch_early(stream, grid, kWarps * 32, 0, rope_kernel<64>, rope); break;
+    case 128: launch_early(stream, grid, kWarps * 32, 0, rope_kernel<128>, rope); break;
+    case 256: launch_early(stream, grid, kWarps * 32, 0, rope_kernel<256>, rope); break;
     default: throw Error::invalid_argument("head_dim " + std::to_string(args.cache.head_dim) + " has no CUDA kernel");
   }
-  GEMMA_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace gemma_cuda::cuda

@@ -166,6 +166,8 @@ class Backend {
   // Records the operations that `work` asks for, without running them; to be called only where captures().
   virtual std::unique_ptr<Graph> capture(const std::function<void()>& work) = 0;
   virtual bool captures() const = 0;
+  // While it is on, a product of a new shape may take the time to find its fastest algorithm.
+  virtual void tune(bool on) = 0;
   // Whether operations go on while the host prepares the next ones.
   virtual bool asynchronous() const = 0;
 

@@ -80,6 +80,7 @@ class ReferenceBackend final : public Backend {
   }
 
   bool captures() const override { return false; }
+  void tune(bool) override {}
   bool asynchronous() const override { return false; }
   std::unique_ptr<Graph> capture(const std::function<void()>&) override {
     throw Error::device("the reference backend has no graphs");
