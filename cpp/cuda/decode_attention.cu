@@ -184,13 +184,13 @@ struct State {
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
       top = fmaxf(top, best[half]);  // finite: every tile has a token in the range
-      const float shrink = exp2f(best[half] - top);
+      const float shrink = fast_exp2(best[half] - top);
       best[half] = top;
       sum[half] *= shrink;
 #pragma unroll
       for (int n = 0; n < 2; ++n)
 #pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) sum[half] += scores[n][i] = exp2f(scores[n][i] - top);
+        for (int i = 2 * half; i < 2 * half + 2; ++i) sum[half] += scores[n][i] = fast_exp2(scores[n][i] - top);
 #pragma unroll
       for (auto& fragment : out) {
         fragment[2 * half] *= shrink;
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(combine_threads(HeadDim)) combine_kernel(Decod
     float sum = 0, out = 0;
     for (uint32_t i = first; i <= last; ++i) {
       const size_t at = size_t{slot(i)} * group + row;
-      const float weight = exp2f(args.weights[at].x - best);
+      const float weight = fast_exp2(args.weights[at].x - best);
       sum += args.weights[at].y * weight;
       out += args.partial[at * HeadDim + threadIdx.x] * weight;
     }

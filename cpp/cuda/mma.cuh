@@ -50,6 +50,13 @@ __device__ inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t addr
                : "memory");
 }
 
+// 2^x to within two units in the last place; 0 where that is below 2^-126.
+__device__ inline float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ inline uint32_t pack(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);

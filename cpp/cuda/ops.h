@@ -31,7 +31,7 @@ void convert(void* to, DType to_type, const void* from, DType from_type, size_t 
 void fill_random(void* to, DType type, size_t count, uint64_t seed, float deviation, cudaStream_t stream);
 
 // Sequences with several new tokens.
-void prefill_attention(const AttentionArgs& args, const Stream& stream);
+void prefill_attention(const AttentionArgs& args, const DeviceInfo& device, const Stream& stream);
 // Sequences with one new token. `scratch` holds decode_scratch_bytes().
 void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* scratch, const Stream& stream);
 size_t decode_scratch_bytes(const DeviceInfo& device, uint32_t head_dim, uint32_t group);

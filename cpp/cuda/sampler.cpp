@@ -101,6 +101,8 @@ void Sampler::launch(float* logits, uint32_t vocab, const std::vector<SampleTask
     Adjustment* device_changes = lane.changes.get<Adjustment>(changes.size());
     SampleResult* results = lane.results.get<SampleResult>(count);
     TopEntry* device_tops = lane.tops.get<TopEntry>(tops);
+    // A row may report fewer than max_top; all are copied.
+    if (tops > 0) GEMMA_CUDA_CHECK(cudaMemsetAsync(device_tops, 0, tops * sizeof(TopEntry), stream));
     tables.upload(device_tasks, tasks.data(), count * sizeof(SampleTask), stream);
     if (!changes.empty()) tables.upload(device_changes, changes.data(), changes.size() * sizeof(Adjustment), stream);
     cuda::sample(logits, vocab, device_tasks, static_cast<uint32_t>(count), device_changes,
