@@ -48,19 +48,21 @@ std::unique_ptr<Backend> make_gpu_backend(int, const ModelSpec&, const EngineOpt
 
 }  // namespace
 
-std::unique_ptr<Backend> make_backend(const ModelSpec& spec, const EngineOptions& options) {
-  if (const std::optional<int> index = gpu_index(options.device)) return make_gpu_backend(*index, spec, options);
+Device make_device(const ModelSpec& spec, const EngineOptions& options) {
+  if (const std::optional<int> index = gpu_index(options.device)) return {make_gpu_backend(*index, spec, options), {}};
   if (options.device != "auto" && options.device != "reference")
     throw Error::invalid_argument("device '" + options.device + "' is not known; there are auto, reference and cuda:N");
+  std::string why;
 #ifdef GEMMA_CUDA_WITH_CUDA
   if (options.device == "auto") {
     try {
-      return make_gpu_backend(0, spec, options);
-    } catch (const Error&) {  // the name of the engine's device says what was chosen
+      return {make_gpu_backend(0, spec, options), {}};
+    } catch (const Error& error) {
+      why = error.what();
     }
   }
 #endif
-  return make_reference_backend(options.threads, options.compute);
+  return {make_reference_backend(options.threads, options.compute), why};
 }
 
 }  // namespace gemma_cuda

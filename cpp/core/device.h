@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 
 #include "core/engine.h"
 #include "core/spec.h"
@@ -9,8 +10,13 @@
 
 namespace gemma_cuda {
 
+struct Device {
+  std::unique_ptr<Backend> backend;
+  std::string why;  // "auto" took the CPU in a build that knows GPUs; empty otherwise
+};
+
 // For options.device: "auto" (the first GPU if the model can run there, or the CPU), "reference" or "cuda:N". Throws
 // Error::device saying why a device that was asked for cannot be had.
-std::unique_ptr<Backend> make_backend(const ModelSpec& spec, const EngineOptions& options);
+Device make_device(const ModelSpec& spec, const EngineOptions& options);
 
 }  // namespace gemma_cuda

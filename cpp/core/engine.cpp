@@ -65,11 +65,28 @@ struct Engine::Launched {
   std::vector<ItemOutput> outputs;  // all but the sampled tokens
 };
 
+// A device with room for everything, before any of it is taken.
+Device roomy_device(const ModelSpec& spec, const EngineOptions& options) {
+  Device device = make_device(spec, options);
+  const MemoryBudget budget = memory_budget(spec, options);
+  const uint64_t needed = budget.weights + budget.kv_cache + budget.activations + budget.logits;
+  const std::optional<uint64_t> free = device.backend->free_memory();
+  if (free.has_value() && needed > *free) {
+    const auto mib = [](uint64_t bytes) { return number(bytes >> 20) + " MiB"; };
+    throw Error::device("the model needs " + mib(needed) + " on " + device.backend->name() + ": weights " +
+                        mib(budget.weights) + ", KV cache " + mib(budget.kv_cache) + ", activations " +
+                        mib(budget.activations) + ", logits " + mib(budget.logits) + "; " + mib(*free) +
+                        " are free. A smaller KV cache or fewer sequences and tokens a step need less");
+  }
+  return device;
+}
+
 struct Engine::State {
   State(ModelSpec model, EngineOptions chosen)
       : spec(std::move(model)),
         options(std::move(chosen)),
-        backend(make_backend(spec, options)),
+        device(roomy_device(spec, options)),
+        backend(device.backend.get()),
         weights(*backend, spec, options.weights),
         forward(*backend, spec, weights, limits(options)),
         pages(options.pages, options.page_size, options.prefix_cache),
@@ -104,7 +121,8 @@ struct Engine::State {
 
   ModelSpec spec;
   EngineOptions options;
-  std::unique_ptr<Backend> backend;
+  Device device;
+  Backend* backend;
   Weights weights;
   Forward forward;
   PagePool pages;
@@ -129,7 +147,10 @@ Engine::Engine(ModelSpec spec, EngineOptions options) {
 }
 Engine::~Engine() = default;
 
-std::string Engine::device_name() const { return state_->backend->name(); }
+std::string Engine::device_name() const {
+  const Device& device = state_->device;
+  return device.backend->name() + (device.why.empty() ? "" : "; no GPU: " + device.why);
+}
 
 void Engine::load_tensor(std::string_view name, DType dtype, std::span<const uint64_t> shape,
                          std::span<const uint8_t> bytes) {

@@ -122,6 +122,13 @@ class CudaBackend final : public Backend {
     return text;
   }
 
+  std::optional<uint64_t> free_memory() const override {
+    const DeviceScope scope(device_.index);
+    size_t free = 0, total = 0;
+    GEMMA_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    return free;
+  }
+
   void* allocate(size_t bytes) override {
     const DeviceScope scope(device_.index);
     void* memory = allocate_device(bytes);

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -152,6 +153,8 @@ class Backend {
   virtual ~Backend() = default;
   // One line for a person: kind, instruction set or GPU, threads.
   virtual std::string name() const = 0;
+  // Bytes that can be allocated; unknown where it is the machine's own memory.
+  virtual std::optional<uint64_t> free_memory() const = 0;
 
   virtual void* allocate(size_t bytes) = 0;  // aligned for any operation; throws Error::device with the numbers
   virtual void release(void* memory) noexcept = 0;

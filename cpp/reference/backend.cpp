@@ -45,6 +45,8 @@ class ReferenceBackend final : public Backend {
            (pool_.threads() == 1 ? " thread)" : " threads)");
   }
 
+  std::optional<uint64_t> free_memory() const override { return std::nullopt; }
+
   void* allocate(size_t bytes) override {
     void* memory =
         std::aligned_alloc(kAlignment, (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment);
