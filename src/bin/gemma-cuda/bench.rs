@@ -218,8 +218,9 @@ fn measure(model: &Gemma, workload: Workload, args: &Args, name: &str) -> Result
 /// Runs all requests at once; at most `most_new` tokens each.
 fn generate(model: &Gemma, requests: &[Lengths], most_new: usize) -> Result<(Duration, String)> {
     let start = Instant::now();
+    let tokens = model.spec().vocab_size.clamp(4, 10_003) - 3; // ids from 3 on
     let running = requests.iter().enumerate().map(|(i, request)| {
-        let prompt: Vec<u32> = (0..request.prompt).map(|t| (i * 7919 + t * 104_729) as u32 % 10_000 + 3).collect();
+        let prompt: Vec<u32> = (0..request.prompt).map(|t| (i * 7919 + t * 104_729) as u32 % tokens + 3).collect();
         let request = Request::new(prompt)
             .max_new_tokens(request.new.min(most_new))
             .ignore_eos(true)
