@@ -2,8 +2,7 @@
 // So out^T = (w as it sees it)^T x: both inputs run along k, the form for which it has the most kernels.
 //
 // At the few rows of decode a product is bound by reading w, and the algorithm the library guesses first is up to a
-// fifth slower than its best; so there the candidates are timed
-// before the first step, on the model's own weights.
+// fifth slower than its best; so there the candidates are timed before the first step, on the model's own weights.
 #include "cuda/gemm.h"
 
 #include <algorithm>

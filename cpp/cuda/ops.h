@@ -40,7 +40,6 @@ size_t decode_scratch_bytes(const DeviceInfo& device, uint32_t head_dim, uint32_
 constexpr bool head_dim_supported(uint32_t head_dim) {
   return head_dim == 16 || head_dim == 32 || head_dim == 64 || head_dim == 128 || head_dim == 256;
 }
-constexpr uint32_t kMaxGroup = 16;        // query heads that share a K/V head
-constexpr uint32_t kMaxSequences = 1024;  // in a step
+constexpr uint32_t kMaxGroup = 16;  // query heads that share a K/V head
 
 }  // namespace gemma_cuda::cuda
