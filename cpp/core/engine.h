@@ -95,6 +95,7 @@ class Engine {
   // step that feeds it can be launched before collect() waits for it, so that the device never waits for the host. Up
   // to kMaxAhead steps may be launched and not collected; a sequence may be removed in between, and then its outputs
   // are empty. Penalties look at all tokens, so a sequence with them can be sampled only when none is pending.
+  // After collect() threw, the sequences of that step can only be removed.
   void launch(std::span<const StepItem> items);
   std::vector<ItemOutput> collect();
   // Whether launching ahead gains anything: a device that is not asynchronous has computed when launch() returns.

@@ -256,6 +256,72 @@ void a_failed_step_gives_its_pages_back() {
   CHECK(engine->pages_for(id, 1) == 1);
 }
 
+// Steps launched before the ones before them are collected: the same tokens, with sequences ending and beginning, on
+// the same number, in between.
+void launching_ahead_changes_nothing() {
+  const ModelSpec spec = random_model(3);
+  EngineOptions options;
+  options.compute = options.weights = DType::f32;
+  options.page_size = 3;
+  options.max_sequences = 2;
+  const auto engine = make_engine(spec, random_parameters(spec), options);
+  const std::vector<uint32_t> prompt = random_tokens(spec, 5), other = random_tokens(spec, 4);
+  SamplingConfig sampling;
+  sampling.temperature = 1;
+  sampling.seed = 7;
+  auto alone = [&](const std::vector<uint32_t>& tokens, int count) {
+    const uint32_t id = engine->add_sequence(tokens, 1, sampling, false);
+    std::vector<uint32_t> out;
+    for (int i = 0; i < count; ++i) {
+      const StepItem item{id, i == 0 ? uint32_t(tokens.size()) : 1, true};
+      out.push_back(engine->step({&item, 1})[0].sampled[0].token);
+    }
+    engine->remove_sequence(id);
+    return out;
+  };
+  const std::vector<uint32_t> want = alone(prompt, 8), want_other = alone(other, 1);
+
+  const uint32_t id = engine->add_sequence(prompt, 1, sampling, false);
+  std::vector<uint32_t> got;
+  auto collect = [&] { got.push_back(engine->collect()[0].sampled[0].token); };
+  for (uint32_t i = 0; i < 8; ++i) {
+    const StepItem item{id, i == 0 ? 5u : 1u, true};
+    engine->launch({&item, 1});
+    if (i > 0) collect();
+  }
+  test::check_throws("not collected", [&] { engine->append_tokens(id, {&prompt[0], 1}); });
+  test::check_throws("not collected", [&] {
+    const StepItem item{id, 1, true};
+    engine->step({&item, 1});
+  });
+  collect();
+  CHECK(got == want);
+  test::check_throws("no step is launched", [&] { engine->collect(); });
+
+  StepItem item{id, 1, true};
+  engine->launch({&item, 1});
+  engine->remove_sequence(id);
+  const uint32_t next = engine->add_sequence(other, 1, sampling, false);
+  CHECK(next == id);
+  item.tokens = 4;
+  engine->launch({&item, 1});
+  CHECK(engine->collect()[0].sampled.empty());  // of the one that is gone
+  CHECK(engine->collect()[0].sampled[0].token == want_other[0]);
+
+  sampling.repetition_penalty = 1.5f;
+  const uint32_t penalized = engine->add_sequence(prompt, 1, sampling, false);
+  item = {penalized, 5, true};
+  engine->launch({&item, 1});
+  item.tokens = 1;
+  test::check_throws("penalties", [&] { engine->launch({&item, 1}); });
+  engine->collect();
+  engine->launch({&item, 1});
+  CHECK(engine->collect()[0].sampled.size() == 1);
+  engine->remove_sequence(penalized);
+  engine->remove_sequence(next);
+  CHECK(engine->free_pages() == options.pages);
+}
+
 void bad_models_and_options_are_refused() {
   auto refused = [](const std::string& text, auto change) {
     ModelSpec spec = random_model(3);
@@ -283,5 +349,6 @@ int main() {
   scores_and_samples_agree_with_logits();
   bad_calls_are_refused_and_change_nothing();
   a_failed_step_gives_its_pages_back();
+  launching_ahead_changes_nothing();
   bad_models_and_options_are_refused();
 }
