@@ -5,12 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::ValueEnum;
-use gemma_cuda::checkpoint::{Checkpoint, named_shape};
-use gemma_cuda::engine::ModelSpec;
+use gemma_cuda::checkpoint::named_shape;
 use gemma_cuda::{Gemma, KvCache, LoadOptions, Request, SamplingParams};
 use serde::Serialize;
 
-use crate::exit::Outcome;
+use crate::exit::{Outcome, bad_input};
 use crate::interrupt::Interrupt;
 use crate::output;
 
@@ -158,11 +157,6 @@ pub fn run(args: Args) -> Result<Outcome> {
 }
 
 fn load(args: &Args) -> Result<Gemma> {
-    let spec = match (&args.random, &args.model) {
-        (Some(name), _) => named_shape(name)?,
-        (None, Some(dir)) => Checkpoint::open(dir)?.spec().clone(),
-        (None, None) => ModelSpec::default(),
-    };
     let page = args.page_size as usize;
     // Whole pages for the 64 longest requests of each workload.
     let tokens = args.workload.iter().map(|workload| {
@@ -181,9 +175,10 @@ fn load(args: &Args) -> Result<Gemma> {
         prefix_cache: false,
         ..Default::default()
     };
-    Ok(match &args.model {
-        Some(dir) => Gemma::load(dir, options)?,
-        None => Gemma::random(&spec, &options, 1)?,
+    Ok(match (&args.random, &args.model) {
+        (Some(name), _) => Gemma::random(&named_shape(name)?, &options, 1)?,
+        (None, Some(dir)) => Gemma::load(dir, options)?,
+        (None, None) => return Err(bad_input("give --model or --random")),
     })
 }
 
