@@ -24,10 +24,10 @@ uint64_t pages_per_sequence(const ModelSpec& spec, const ForwardLimits& limits) 
   return std::min<uint64_t>(limits.pages, (uint64_t{spec.max_positions} + limits.page_size - 1) / limits.page_size);
 }
 
-// Words of the largest plan; a captured one is filled up to its bucket.
+// Words of the largest plan, captured or not.
 uint64_t table_words(const ModelSpec& spec, const ForwardLimits& limits) {
-  const uint64_t s = decode_bucket(limits.sequences), t = std::max<uint64_t>(limits.tokens, s);
-  return 3 * t + 2 * s + 1 + s * pages_per_sequence(spec, limits) + std::max<uint64_t>(limits.logit_rows, s);
+  const uint64_t s = limits.sequences, t = limits.tokens, tiles = t / kQueryTile + std::max<uint64_t>(s, kShortPrompts);
+  return 3 * t + 2 * s + 1 + s * pages_per_sequence(spec, limits) + limits.logit_rows + 2 * tiles;
 }
 
 // sqrt(hidden), as the activations' type holds it.
@@ -87,9 +87,9 @@ uint64_t Forward::logit_bytes(const ModelSpec& spec, const ForwardLimits& limits
 
 const float* Forward::run(const BatchPlan& plan, const uint32_t* last_tokens, std::vector<std::vector<float>>* hidden) {
   last_tokens_ = last_tokens;
-  if (Graph* graph = hidden == nullptr ? captured(plan) : nullptr) {
-    upload(fill_up(plan, decode_bucket(plan.sequences()), max_pages()));
-    graph->launch();
+  if (const CapturedPass* found = hidden == nullptr ? captured(plan) : nullptr) {
+    upload(fill_up(plan, found->shape));
+    found->graph->launch();
   } else {
     upload(plan);
     pass(plan, hidden);
@@ -97,34 +97,37 @@ const float* Forward::run(const BatchPlan& plan, const uint32_t* last_tokens, st
   return act_.logits.as<float>();
 }
 
-// The recorded pass that can serve this plan.
-Graph* Forward::captured(const BatchPlan& plan) const {
-  if (plan.max_new != 1 || plan.logit_rows.size() != plan.tokens()) return nullptr;
-  const auto found = captured_.find(decode_bucket(plan.sequences()));
-  return found == captured_.end() ? nullptr : found->second.get();
+// The smallest recorded pass that can serve this plan.
+const Forward::CapturedPass* Forward::captured(const BatchPlan& plan) const {
+  const auto found =
+      std::ranges::find_if(captured_, [&](const CapturedPass& candidate) { return candidate.shape.fits(plan); });
+  return found == captured_.end() ? nullptr : &*found;
 }
 
 void Forward::warm_up(const uint32_t* last_tokens) {
   if (!backend_.captures()) return;
   last_tokens_ = last_tokens;
-  const uint32_t most = std::min(captured_rows(), decode_bucket(limits_.sequences));
-  backend_.tune(true);
-  for (uint32_t rows = 1; rows <= most; rows = decode_bucket(rows + 1)) {
-    BatchPlan nobody;
-    nobody.cu_seqlens = {0};
-    nobody.max_new = 1;
-    const BatchPlan plan = fill_up(nobody, rows, max_pages());
+  BatchPlan nobody;
+  nobody.cu_seqlens = {0};
+  auto run_once = [&](const PassShape& shape) {
+    const BatchPlan plan = fill_up(nobody, shape);
     upload(plan);
     pass(plan, nullptr);  // libraries choose their algorithms, scratch memory grows: nothing that can be recorded
-    if (limits_.graphs) captured_[rows] = backend_.capture([&] { pass(plan, nullptr); });
+    return plan;
+  };
+  backend_.tune(true);
+  run_once(largest());
+  for (const PassShape& shape : captured_shapes(largest())) {
+    const BatchPlan plan = run_once(shape);
+    if (limits_.graphs) captured_.push_back({shape, backend_.capture([&] { pass(plan, nullptr); })});
   }
   backend_.tune(false);
 }
 
-uint32_t Forward::max_pages() const { return static_cast<uint32_t>(pages_per_sequence(spec_, limits_)); }
-
-// Rows that a captured pass may have: what the activations hold.
-uint32_t Forward::captured_rows() const { return std::min(limits_.tokens, limits_.logit_rows); }
+PassShape Forward::largest() const {
+  return {limits_.tokens, limits_.sequences, limits_.logit_rows, limits_.tokens / kQueryTile,
+          static_cast<uint32_t>(pages_per_sequence(spec_, limits_))};
+}
 
 void Forward::pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidden) {
   const uint32_t tokens = plan.tokens(), layers = static_cast<uint32_t>(spec_.layers.size());
@@ -163,6 +166,7 @@ void Forward::upload(const BatchPlan& plan) {
     words.insert(words.end(), part.begin(), part.end());
     return at;
   };
+  static_assert(sizeof(QueryTile) == 2 * sizeof(uint32_t));
   tables_.ids = put(plan.ids);
   tables_.positions = put(plan.positions);
   tables_.slots = put(plan.slots);
@@ -170,6 +174,8 @@ void Forward::upload(const BatchPlan& plan) {
   tables_.kv_len = put(plan.kv_len);
   tables_.block_table = put(plan.block_table);
   tables_.logit_rows = put(plan.logit_rows);
+  tables_.query_tiles = reinterpret_cast<const QueryTile*>(device + words.size());
+  for (const QueryTile& tile : plan.query_tiles) words.insert(words.end(), {tile.sequence, tile.row});
   backend_.upload(table_memory_.data(), words.data(), words.size() * sizeof(uint32_t));
 }
 
@@ -199,7 +205,8 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
                       .block_table = tables_.block_table,
                       .sequences = plan.sequences(),
                       .max_pages = plan.max_pages,
-                      .max_new = plan.max_new,
+                      .query_tiles = tables_.query_tiles,
+                      .tiles = static_cast<uint32_t>(plan.query_tiles.size()),
                       .heads = layer.heads,
                       .window = layer.window,
                       .scale = layer.attention_scale,

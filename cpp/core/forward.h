@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <vector>
 
@@ -28,8 +27,9 @@ class Forward {
   // Allocates the KV cache and all that a pass within the limits needs. The arguments outlive it.
   Forward(Backend& backend, const ModelSpec& spec, const Weights& weights, ForwardLimits limits);
 
-  // Runs a decode pass of every size once, on rows that see and write nothing, and captures it: what is slow the first
-  // time is over before the first step. Nothing where the backend does not capture.
+  // Runs a pass of every shape that is captured once, on rows that see and write nothing, and captures it, and the
+  // largest pass of all: what is slow the first time is over before the first step. Nothing where the backend does not
+  // capture.
   void warm_up(const uint32_t* last_tokens);
 
   // Leaves the logits of plan.logit_rows on the device, float32 [r, vocab]; valid until the next pass. Where `hidden`
@@ -45,6 +45,7 @@ class Forward {
   // The plan on the device: parts of one buffer, so that it goes there in one piece.
   struct Tables {
     const uint32_t *ids, *positions, *slots, *cu_seqlens, *kv_len, *block_table, *logit_rows;
+    const QueryTile* query_tiles;
   };
   struct Activations {
     Buffer residual;   // [t, hidden] float32
@@ -62,10 +63,14 @@ class Forward {
     Buffer keys, values;
   };
 
-  uint32_t captured_rows() const;
-  uint32_t max_pages() const;
+  struct CapturedPass {
+    PassShape shape;
+    std::unique_ptr<Graph> graph;
+  };
+
+  PassShape largest() const;
   void upload(const BatchPlan& plan);
-  Graph* captured(const BatchPlan& plan) const;
+  const CapturedPass* captured(const BatchPlan& plan) const;
   void pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidden);
   void attention_block(uint32_t layer, const BatchPlan& plan);
   void mlp_block(uint32_t layer, uint32_t tokens);
@@ -86,7 +91,7 @@ class Forward {
   const uint32_t* last_tokens_ = nullptr;
   Activations act_;
   std::vector<KvBuffers> kv_;
-  std::map<uint32_t, std::unique_ptr<Graph>> captured_;  // by sequences; destroyed before what it points to
+  std::vector<CapturedPass> captured_;  // the smallest first; destroyed before what they point to
 };
 
 }  // namespace gemma_cuda

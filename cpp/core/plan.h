@@ -14,19 +14,20 @@
 #include <vector>
 
 #include "core/sequence.h"
+#include "ops/backend.h"
 
 namespace gemma_cuda {
 
 struct BatchPlan {
-  std::vector<uint32_t> ids;          // [t]
-  std::vector<uint32_t> positions;    // [t]
-  std::vector<uint32_t> slots;        // [t] page * page_size + offset
-  std::vector<uint32_t> cu_seqlens;   // [s + 1]
-  std::vector<uint32_t> kv_len;       // [s]
-  std::vector<uint32_t> block_table;  // [s, max_pages]
-  std::vector<uint32_t> logit_rows;   // [r] rows of t that need logits
+  std::vector<uint32_t> ids;           // [t]
+  std::vector<uint32_t> positions;     // [t]
+  std::vector<uint32_t> slots;         // [t] page * page_size + offset
+  std::vector<uint32_t> cu_seqlens;    // [s + 1]
+  std::vector<uint32_t> kv_len;        // [s]
+  std::vector<uint32_t> block_table;   // [s, max_pages]
+  std::vector<uint32_t> logit_rows;    // [r] rows of t that need logits
+  std::vector<QueryTile> query_tiles;  // of the sequences with several new tokens
   uint32_t max_pages = 0;
-  uint32_t max_new = 0;  // most new tokens of one sequence
 
   uint32_t tokens() const { return static_cast<uint32_t>(ids.size()); }
   uint32_t sequences() const { return static_cast<uint32_t>(kv_len.size()); }
@@ -39,17 +40,24 @@ struct PlanItem {
   uint32_t logit_rows;  // the last so many of its rows need logits
 };
 
+// The tiles of all sequences with several new tokens, those that see the most keys first: when the last ones run, few
+// multiprocessors wait for them.
+std::vector<QueryTile> query_tiles(std::span<const uint32_t> cu_seqlens, std::span<const uint32_t> kv_len);
+
 BatchPlan make_plan(std::span<const PlanItem> items, uint32_t page_size);
 
-// Sequences of the captured decode pass that serves so many: few sizes, none much too large.
-constexpr uint32_t decode_bucket(uint32_t sequences) {
-  for (uint32_t small : {1u, 2u, 4u})
-    if (sequences <= small) return small;
-  const uint32_t step = sequences <= 64 ? 8 : sequences <= 256 ? 32 : 128;
-  return (sequences + step - 1) / step * step;
-}
+// What a captured pass has room for; any plan that fits can be filled up to it.
+struct PassShape {
+  uint32_t tokens, sequences, logit_rows, tiles, max_pages;
+  bool fits(const BatchPlan& plan) const;
+};
 
-// The plan of a decode pass with rows that see and write nothing, up to `sequences`, and `max_pages` pages a row.
-BatchPlan fill_up(const BatchPlan& plan, uint32_t sequences, uint32_t max_pages);
+// The shapes to capture, each larger than the one before in all but sequences: decode passes, then passes with prompts
+// in them. Those of many tokens are left out; they take so much longer than their launches that nothing is gained.
+constexpr uint32_t kShortPrompts = 16;  // tiles of a captured pass beyond those that its tokens fill
+std::vector<PassShape> captured_shapes(const PassShape& limits);
+
+// The plan with tokens that belong to no sequence, sequences without tokens and tiles of nothing, up to the shape.
+BatchPlan fill_up(const BatchPlan& plan, const PassShape& shape);
 
 }  // namespace gemma_cuda

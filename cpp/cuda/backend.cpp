@@ -188,7 +188,7 @@ class CudaBackend final : public Backend {
     on_device([&] {
       const size_t scratch = decode_scratch_bytes(device_, args.cache.head_dim, args.heads / args.cache.kv_heads);
       decode_attention(args, device_, decode_scratch_.get<char>(scratch), stream());
-      if (args.max_new > 1) prefill_attention(args, device_, stream());
+      if (args.tiles > 0) prefill_attention(args, device_, stream());
     });
   }
 

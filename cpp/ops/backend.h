@@ -92,6 +92,16 @@ struct RopeArgs {
   uint32_t tokens;
 };
 
+// Up to kQueryTile new tokens of one sequence, from its new token `row` on: what a kernel takes at a time where there
+// are several.
+struct QueryTile {
+  uint32_t sequence;  // kNoSequence: nothing, where a captured batch is filled up
+  uint32_t row;
+  bool operator==(const QueryTile&) const = default;
+};
+constexpr uint32_t kQueryTile = 128;
+constexpr uint32_t kNoSequence = ~0u;
+
 // softmax(cap(scale q k^T)) v over the cached tokens a query may see: those at or before its position, and with a
 // window only the last `window` of them. The new tokens of sequence i are rows cu_seqlens[i]..cu_seqlens[i+1], the
 // last one at position kv_len[i] - 1.
@@ -102,7 +112,8 @@ struct AttentionArgs {
   const uint32_t* kv_len;       // [s] cached tokens, the new ones among them
   const uint32_t* block_table;  // [s, max_pages]
   uint32_t sequences, max_pages;
-  uint32_t max_new;  // most new tokens of one sequence
+  const QueryTile* query_tiles = nullptr;  // [tiles] of all sequences with several new tokens; longest work first
+  uint32_t tiles = 0;
   uint32_t heads;
   uint32_t window;  // 0: none
   float scale;

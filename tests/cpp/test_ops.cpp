@@ -175,7 +175,6 @@ void attention(Backend& backend, DType act, Scene scene, uint32_t window, float 
                      .block_table = scene.table.data(),
                      .sequences = uint32_t(scene.lengths.size()),
                      .max_pages = scene.max_pages,
-                     .max_new = *std::ranges::max_element(scene.news),
                      .heads = heads,
                      .window = window,
                      .scale = 0.2f,

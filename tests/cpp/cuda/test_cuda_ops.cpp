@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../check.h"
+#include "core/plan.h"
 #include "gpu.h"
 #include "ops/backend.h"
 #include "ops/convert.h"
@@ -199,6 +200,7 @@ class Suite {
     const size_t rows = size_t{batch.tokens()} * m.heads * m.head_dim;
     auto q = random(rows), keys = random(cache), values = random(cache), out = poisoned(rows);
     auto cu = both(batch.cu), kv_len = both(batch.lengths), table = both(batch.table);
+    auto tiles = both(query_tiles(batch.cu, batch.lengths));
     AttentionArgs args{
         .q = q.host.data(),
         .cache = {keys.host.data(), values.host.data(), DType::bf16, batch.page_size, m.kv_heads, m.head_dim},
@@ -207,7 +209,8 @@ class Suite {
         .block_table = table.host.data(),
         .sequences = static_cast<uint32_t>(batch.lengths.size()),
         .max_pages = batch.max_pages,
-        .max_new = *std::ranges::max_element(batch.news),
+        .query_tiles = tiles.gpu(),
+        .tiles = static_cast<uint32_t>(tiles.host.size()),
         .heads = m.heads,
         .window = window,
         .scale = 1.5f / std::sqrt(static_cast<float>(m.head_dim)),

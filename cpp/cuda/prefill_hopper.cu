@@ -1,0 +1,234 @@
+// Prefill attention for sm_90: what prefill_attention.cu computes, on warpgroup products (wgmma).
+//
+// A block takes a query tile of one head. Two consumer warpgroups have 64 queries each; a third, the producer, keeps
+// two tiles of keys and two of values in flight for them (cp.async, row by row through the block table, so any page
+// size will do), and gives most of its registers to them. A consumer starts S = Q K^T of a tile, then O += P V of the
+// tile before, and computes the softmax of S while the second product runs; the other warpgroup's products fill what
+// gaps are left. Q lies in shared memory, P and O in registers.
+//
+// A tile of keys is used for 128 queries, so at head_dim 256 the products need 64 bytes from L2 for 128 x 256
+// multiplications: arithmetic is the limit, not L2.
+#include "cuda/barrier.cuh"
+#include "cuda/ops.h"
+#include "cuda/prefill.cuh"
+#include "cuda/wgmma.cuh"
+
+namespace gemma_cuda::cuda {
+namespace {
+
+constexpr int kStages = 2;
+constexpr int kGroup = 128;  // threads of a warpgroup
+constexpr int kConsumers = 2;
+constexpr int kRows = 64;  // queries of a consumer
+constexpr int kThreads = kGroup * (1 + kConsumers);
+constexpr int kBlockColumns = 64, kRowBytes = 128;  // of a swizzled block
+static_assert(kRows * kConsumers == kQueryTile);
+
+template <int HeadDim, int Keys>
+struct Layout {
+  static constexpr uint32_t kBlocks = HeadDim / kBlockColumns;
+  static constexpr uint32_t kQueryBlock = kQueryTile * kRowBytes, kKeyBlock = Keys * kRowBytes;  // bytes
+  static constexpr uint32_t kQueries = kBlocks * kQueryBlock, kTile = kBlocks * kKeyBlock;
+  static constexpr uint32_t kBytes = kQueries + 2 * kStages * kTile + 1024;  // to begin at a multiple of 1024
+
+  uint32_t base;
+  __device__ uint32_t queries() const { return base; }
+  __device__ uint32_t keys(uint32_t stage) const { return base + kQueries + 2 * stage * kTile; }
+  __device__ uint32_t values(uint32_t stage) const { return keys(stage) + kTile; }
+};
+
+struct Barriers {
+  Barrier keys_full[kStages], values_full[kStages], keys_empty[kStages], values_empty[kStages];
+};
+
+// Where a 16-byte chunk of a row lies in a tile whose blocks are `block` bytes.
+__device__ uint32_t chunk_at(uint32_t tile, uint32_t block, int row, int chunk) {
+  return tile + chunk / 8 * block + row * kRowBytes + ((chunk ^ row) % 8 << 4);
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// A warp copies every fourth row of a tile; lane i knows where the i-th of them begins.
+template <int HeadDim, int Keys>
+__device__ void fetch(const bf16_t* from, uint32_t tile, int64_t mine, int warp, int lane) {
+  constexpr int kChunks = HeadDim / 8, kAtOnce = 32 / kChunks;
+  static_assert(Keys / 4 <= 32 && Keys / 4 % kAtOnce == 0);
+#pragma unroll
+  for (int i = 0; i < Keys / 4; i += kAtOnce) {
+    const int at = i + lane / kChunks, chunk = lane % kChunks;
+    const int64_t row = __shfl_sync(~0u, mine, at);
+    copy_async(chunk_at(tile, Layout<HeadDim, Keys>::kKeyBlock, warp + 4 * at, chunk),
+               from + (row < 0 ? 0 : row) + chunk * 8, row >= 0);
+  }
+}
+
+template <int HeadDim, int Keys>
+__device__ void produce(const Prefill& args, const PrefillWork& work, Layout<HeadDim, Keys> shared, Barriers& barriers,
+                        uint32_t first_key) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint32_t turn = 0;
+  for (uint32_t key = first_key; key < work.end_key; key += Keys, ++turn) {
+    const uint32_t stage = turn % kStages, parity = turn / kStages % 2;
+    const int64_t mine = lane < Keys / 4 ? work.row_of(args, key + warp + 4 * lane, HeadDim) : -1;
+    wait(barriers.keys_empty[stage], parity ^ 1);
+    fetch<HeadDim, Keys>(args.keys, shared.keys(stage), mine, warp, lane);
+    arrive_after_copies(barriers.keys_full[stage]);
+    wait(barriers.values_empty[stage], parity ^ 1);
+    fetch<HeadDim, Keys>(args.values, shared.values(stage), mine, warp, lane);
+    arrive_after_copies(barriers.values_full[stage]);
+  }
+  wait_copies<0>();  // none may be under way when the block ends
+}
+
+// Brings a consumer's queries to shared memory; rows past the last become zeros.
+template <int HeadDim, int Keys>
+__device__ void load_queries(const bf16_t* from, size_t stride, uint32_t rows, Layout<HeadDim, Keys> shared,
+                             int group) {
+  constexpr int kChunks = HeadDim / 8;
+  for (int i = threadIdx.x % kGroup; i < kRows * kChunks; i += kGroup) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    const bool there = row < static_cast<int>(rows);
+    copy_async(chunk_at(shared.queries(), shared.kQueryBlock, group * kRows + row, chunk),
+               from + (there ? row * stride + chunk * 8 : 0), there);
+  }
+  commit_copies();
+  wait_copies<0>();
+  publish_to_products();
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kGroup) : "memory");
+}
+
+template <int HeadDim, int Keys>
+__device__ void consume(const Prefill& args, const PrefillWork& work, Layout<HeadDim, Keys> shared, Barriers& barriers,
+                        uint32_t first_key, int group) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const uint32_t rows = min(uint32_t{kRows}, work.rows - group * kRows);
+  const size_t at = work.at + group * kRows * work.stride;
+  load_queries(args.q + at, work.stride, rows, shared, group);
+
+  const Sight sight{work.position + group * kRows + warp * 16, args.window};
+  // The last tile may be past all of this consumer's queries.
+  const uint32_t tiles = (work.position + group * kRows + rows - first_key + Keys - 1) / Keys;
+  float out[HeadDim / 8][4] = {}, scores[Keys / 8][4], shrink[2];
+  uint32_t p[Keys / 16][4];
+  RunningSoftmax softmax;
+
+  auto start_scores = [&](uint32_t turn) {
+    const uint32_t stage = turn % kStages;
+    wait(barriers.keys_full[stage], turn / kStages % 2);
+    publish_to_products();
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < HeadDim / 16; ++k)
+      multiply_columns(
+          scores, operand(shared.queries() + k / 4 * shared.kQueryBlock + group * kRows * kRowBytes + k % 4 * 32, 0),
+          operand(shared.keys(stage) + k / 4 * shared.kKeyBlock + k % 4 * 32, 0), k > 0);
+    commit_products();
+  };
+  auto start_out = [&](uint32_t turn) {
+    const uint32_t stage = turn % kStages;
+    wait(barriers.values_full[stage], turn / kStages % 2);
+    publish_to_products();
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < Keys / 16; ++k)
+      multiply_rows(out, p[k], operand(shared.values(stage) + k * 16 * kRowBytes, shared.kKeyBlock), true);
+    commit_products();
+  };
+  auto free = [&](Barrier& barrier) {
+    if (lane == 0) arrive(barrier);
+  };
+  auto to_probabilities = [&](uint32_t turn) {
+    score(scores, args.score, sight, first_key + turn * Keys, lane);
+    softmax.add(scores, shrink);
+  };
+
+  start_scores(0);
+  wait_products<0>();
+  pin(scores);
+  free(barriers.keys_empty[0]);
+  to_probabilities(0);
+#pragma unroll
+  for (int k = 0; k < Keys / 16; ++k) narrow(p[k], scores, k);
+  for (uint32_t turn = 1; turn < tiles; ++turn) {
+    pin(scores);
+    start_scores(turn);
+    pin(out);
+    start_out(turn - 1);
+    wait_products<1>();
+    pin(scores);
+    free(barriers.keys_empty[turn % kStages]);
+    to_probabilities(turn);
+    wait_products<0>();
+    pin(out);
+    free(barriers.values_empty[(turn - 1) % kStages]);
+#pragma unroll
+    for (auto& fragment : out)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fragment[i] *= shrink[i / 2];
+#pragma unroll
+    for (int k = 0; k < Keys / 16; ++k) narrow(p[k], scores, k);
+  }
+  pin(out);
+  start_out(tiles - 1);
+  wait_products<0>();
+  pin(out);
+  const uint32_t mine = warp * 16;
+  store_rows(out, softmax, args.out + at + mine * work.stride, work.stride, mine < rows ? min(16u, rows - mine) : 0,
+             lane);
+}
+
+#endif
+
+template <int HeadDim, int Keys>
+__global__ void __launch_bounds__(kThreads, 1) prefill_kernel(Prefill args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ char memory[];
+  __shared__ Barriers barriers;
+  const Layout<HeadDim, Keys> shared{(shared_address(memory) + 1023) / 1024 * 1024};
+  allow_next();
+  wait_for_last();
+  PrefillWork work;
+  if (!work.find(args, HeadDim)) return;
+  const int consumers = work.rows > kRows ? 2 : 1;
+  if (threadIdx.x == 0)
+    for (int stage = 0; stage < kStages; ++stage) {
+      init(barriers.keys_full[stage], kGroup);
+      init(barriers.values_full[stage], kGroup);
+      init(barriers.keys_empty[stage], consumers * kGroup / 32);
+      init(barriers.values_empty[stage], consumers * kGroup / 32);
+    }
+  __syncthreads();
+  const uint32_t first_key = work.first_key / Keys * Keys;
+  if (threadIdx.x < kGroup) {
+    shrink_registers<40>();
+    produce<HeadDim, Keys>(args, work, shared, barriers, first_key);
+  } else {
+    grow_registers<232>();
+    const int group = threadIdx.x / kGroup - 1;
+    if (group < consumers) consume<HeadDim, Keys>(args, work, shared, barriers, first_key, group);
+  }
+#endif
+}
+
+template <int HeadDim, int Keys>
+bool launch(const Prefill& args, const Stream& stream) {
+  constexpr int kBytes = Layout<HeadDim, Keys>::kBytes;
+  cudaFuncAttributes attributes;
+  GEMMA_CUDA_CHECK(cudaFuncGetAttributes(&attributes, prefill_kernel<HeadDim, Keys>));
+  if (attributes.sharedSizeBytes == 0) return false;  // compiled without its body
+  GEMMA_CUDA_CHECK(
+      cudaFuncSetAttribute(prefill_kernel<HeadDim, Keys>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  launch_early(stream, dim3(args.tiles, args.heads), kThreads, kBytes, prefill_kernel<HeadDim, Keys>, args);
+  return true;
+}
+
+}  // namespace
+
+bool prefill_hopper(const Prefill& args, uint32_t head_dim, const DeviceInfo& device, const Stream& stream) {
+  if (device.capability != 90) return false;
+  if (head_dim == 128) return launch<128, 128>(args, stream);
+  if (head_dim == 256) return launch<256, 80>(args, stream);
+  return false;
+}
+
+}  // namespace gemma_cuda::cuda
