@@ -14,7 +14,7 @@
 #include "reference/backend.h"
 #include "reference/kernels.h"
 #include "reference/sampler.h"
-#include "reference/thread_pool.h"
+#include "support/thread_pool.h"
 
 namespace gemma_cuda {
 namespace reference {
