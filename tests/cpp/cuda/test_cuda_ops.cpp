@@ -277,9 +277,10 @@ class Suite {
       c.seed = test::below(1u << 30) * uint64_t{1000003};
       c.top_logprobs = r % 4 * 3;
       if (r % 2) c.repetition_penalty = 1.3f, c.presence_penalty = 0.5f, c.frequency_penalty = 0.25f;
-      if (r % 7 == 3) c.logit_bias = {{3, 5.0f}, {7, -100.0f}}, c.stop_tokens = {1, 7}, c.min_new_tokens = 50;
+      if (r % 7 == 3) c.logit_bias = {{3, 5.0f}, {7, -100.0f}}, c.stop_tokens = {1, 7}, c.min_new_tokens = 500;
       vector<uint32_t>& seen = tokens.emplace_back();
-      for (uint32_t i = 0; i < 30; ++i) seen.push_back(test::below(i % 2 ? 10 : vocab));
+      // Long enough that the penalties of all rows together touch more tokens than the smaller vocabulary has.
+      for (uint32_t i = 0; i < 200; ++i) seen.push_back(test::below(i % 2 ? 10 : vocab));
     }
     vector<SampleRow> asked;
     for (uint32_t r = 0; r < rows; ++r) asked.push_back({r, rows - 1 - r, &configs[r], tokens[r], 10});
