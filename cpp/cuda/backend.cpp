@@ -42,6 +42,7 @@ void require_usable(int index) {
   int count = 0, driver = 0, runtime = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   cudaGetLastError();
+  if (outlives_the_call(status)) check(status, "cudaGetDeviceCount");
   cudaDriverGetVersion(&driver);
   cudaRuntimeGetVersion(&runtime);
   require(driver_problem(status, driver, runtime));

@@ -60,7 +60,8 @@ const CublasLt& CublasLt::get() {
 void CublasLt::check(cublasStatus_t status, const char* call) const {
   if (status == CUBLAS_STATUS_SUCCESS) return;
   // It calls every fault of the device an execution that failed; CUDA knows more.
-  if (const cudaError_t fault = cudaFree(nullptr); outlives_the_call(fault)) cuda::check(fault, call);
+  size_t free = 0, total = 0;
+  if (const cudaError_t fault = cudaMemGetInfo(&free, &total); outlives_the_call(fault)) cuda::check(fault, call);
   throw Error::device(std::string(call) + " failed: " + status_string(status));
 }
 

@@ -121,17 +121,18 @@ std::string Gemm::cache_key(const Key& shape) const {
 }
 
 // Whether the library takes the algorithm for this product: one from a file may be anything.
-bool Gemm::can_run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm) const {
+bool Gemm::can_run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const GemmArgs& args, cudaStream_t stream) {
   cublasLtMatmulHeuristicResult_t result{};
-  return lt_.algorithm_check(handle_, plan.desc, plan.w, plan.x, plan.out, plan.out, &algorithm, &result) ==
-             CUBLAS_STATUS_SUCCESS &&
-         result.workspaceSize <= kWorkspaceBytes;
+  const cublasStatus_t status =
+      lt_.algorithm_check(handle_, plan.desc, plan.w, plan.x, plan.out, plan.out, &algorithm, &result);
+  return status == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= kWorkspaceBytes &&
+         call(plan, algorithm, args, stream) == CUBLAS_STATUS_SUCCESS;
 }
 
 void Gemm::choose(Plan& plan, const Key& shape, const GemmArgs& args, cudaStream_t stream) {
   const std::string key = cache_key(shape);
   std::optional<Algorithm> kept = cache_.find(key);
-  if (kept && !can_run(plan, std::bit_cast<cublasLtMatmulAlgo_t>(*kept))) {
+  if (kept && !can_run(plan, std::bit_cast<cublasLtMatmulAlgo_t>(*kept), args, stream)) {
     cache_.forget(key);
     kept.reset();
   }

@@ -45,7 +45,7 @@ class Gemm {
   Plan describe(const GemmArgs& args) const;
   std::vector<cublasLtMatmulHeuristicResult_t> candidates(const Plan& plan) const;
   std::string cache_key(const Key& shape) const;
-  bool can_run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm) const;
+  bool can_run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const GemmArgs& args, cudaStream_t stream);
   void choose(Plan& plan, const Key& shape, const GemmArgs& args, cudaStream_t stream);
   cublasLtMatmulAlgo_t find_fastest(const Plan& plan, const GemmArgs& args, cudaStream_t stream);
   cublasStatus_t call(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const GemmArgs& args,
