@@ -42,7 +42,7 @@ pub(crate) fn load(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded> {
     let (options, budget) = options.plan(checkpoint)?;
-    tracing::info!(?budget, "memory, in bytes");
+    tracing::info!("memory: {budget}");
     let mut engine = Engine::new(checkpoint.spec(), &options)?;
     let mut done = 0;
     let total = checkpoint.tensors().map(|tensor| tensor.bytes().len() as u64).sum();
@@ -60,7 +60,7 @@ pub(crate) fn load(
 /// An engine of this shape with random weights, made where the device is.
 pub(crate) fn load_random(spec: &ModelSpec, options: &LoadOptions, seed: u64) -> Result<Loaded> {
     let options = options.resolve(spec, true)?;
-    tracing::info!(budget = ?memory_budget(spec, &options)?, "memory, in bytes");
+    tracing::info!("memory: {}", memory_budget(spec, &options)?);
     let mut engine = Engine::new(spec, &options)?;
     engine.load_random(seed)?;
     engine.finish_loading()?;

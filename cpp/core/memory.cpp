@@ -33,15 +33,15 @@ uint64_t pages_that_fit(const MemoryBudget& budget, const EngineOptions& options
 // How an engine differs from the one that was asked for, in the options' own words.
 std::string differences(const EngineOptions& options, const EngineOptions& asked) {
   std::string out;
-  auto add = [&](const char* name, uint64_t value, uint64_t instead_of) {
+  auto add = [&](const std::string& name, uint64_t value, const char* unit, uint64_t instead_of) {
     if (value != instead_of)
-      out += (out.empty() ? "" : ", ") + std::string(name) + " " + std::to_string(value) + " instead of " +
+      out += (out.empty() ? "" : ", ") + name + " " + std::to_string(value) + unit + " instead of " +
              std::to_string(instead_of);
   };
-  add("KV cache tokens", uint64_t{options.pages} * options.page_size, uint64_t{asked.pages} * asked.page_size);
-  add("max_sequences", options.max_sequences, asked.max_sequences);
-  add("max_batch_tokens", options.max_batch_tokens, asked.max_batch_tokens);
-  add("max_logit_rows", options.max_logit_rows, asked.max_logit_rows);
+  add("a KV cache of", uint64_t{options.pages} * options.page_size, " tokens", uint64_t{asked.pages} * asked.page_size);
+  add("max_sequences", options.max_sequences, "", asked.max_sequences);
+  add("max_batch_tokens", options.max_batch_tokens, "", asked.max_batch_tokens);
+  add("max_logit_rows", options.max_logit_rows, "", asked.max_logit_rows);
   return out;
 }
 

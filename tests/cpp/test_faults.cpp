@@ -184,9 +184,9 @@ void too_little_memory_says_what_fits() {
     test::check_throws(text, [&] { require_room(spec, options, backend); });
   };
   refused("on faulty:0: weights");
-  refused("It fits with KV cache tokens 31968 instead of 32000");
+  refused("It fits with a KV cache of 31968 tokens instead of 32000");
   faults.free = budget.total() - 900 * page;
-  refused("It fits with KV cache tokens 3200 instead of 32000");
+  refused("It fits with a KV cache of 3200 tokens instead of 32000");
   options.pages = 100;
   require_room(spec, options, backend);
 

@@ -207,13 +207,39 @@ void device_memory_returns_to_its_level() {
   CHECK(now + kSlack >= level);
 }
 
+// An engine takes what its budget says and, once it is loaded, nothing more, whatever is asked of it. The driver's own
+// part (graphs, tables, rounding up to its blocks) comes on top.
+void memory_is_taken_before_the_first_step() {
+  constexpr size_t kDrivers = size_t{32} << 20, kBlock = size_t{2} << 20;
+  const uint64_t budget = memory_budget(tiny_model(), options_for("cuda:0")).total();
+  const size_t before = free_memory();
+  const auto engine = make_engine(1);
+  const size_t loaded = free_memory();
+  std::printf("  budget %zu bytes, taken %zu\n", static_cast<size_t>(budget), before - loaded);
+  CHECK(before - loaded <= budget + kDrivers);
+  generate(*engine);
+  SamplingConfig sampling;
+  sampling.temperature = 1;
+  sampling.repetition_penalty = 1.5f;
+  sampling.top_logprobs = 20;
+  vector<uint32_t> prompt(200);
+  for (uint32_t i = 0; i < prompt.size(); ++i) prompt[i] = i;
+  vector<StepItem> items;
+  for (int i = 0; i < 8; ++i) items.push_back({engine->add_sequence(prompt, 1, sampling, false), 25, false});
+  for (int step = 0; step < 8; ++step) {
+    for (StepItem& item : items) item.sample = step == 7;
+    CHECK(engine->step(items).size() == 8);
+  }
+  CHECK(free_memory() + kBlock >= loaded);
+}
+
 void what_cannot_be_had_is_refused() {
   const ModelSpec spec = tiny_model();
   test::check_throws("there is no device cuda:99", [&] { Engine engine(spec, options_for("cuda:99")); });
   EngineOptions options = options_for("cuda:0");
   options.page_size = 256;
   options.pages = 1u << 24;
-  for (const char* part : {"the model needs", "KV cache", "are free. It fits with KV cache tokens"})
+  for (const char* part : {"the model needs", "KV cache", "are free. It fits with a KV cache of"})
     test::check_throws(part, [&] { Engine engine(spec, options); });
   options = options_for("auto");
   options.compute = options.weights = DType::f32;
@@ -335,11 +361,12 @@ void all() {
   part("engines in threads", [&] { engines_live_in_threads(alone); });
   part("an engine from thread to thread", [&] { an_engine_goes_from_thread_to_thread(alone); });
   part("dropped with steps under way", [&] { engines_are_dropped_with_steps_under_way(alone); });
+  part("memory from the start", memory_is_taken_before_the_first_step);
   part("refusals", what_cannot_be_had_is_refused);
   part("no GPU", [] { CHECK(run_part("CUDA_VISIBLE_DEVICES=", "no-gpu").ok); });
   part("a fault", [] { CHECK(run_part("", "fault").ok); });
   part("algorithms on disk", algorithms_are_kept_between_processes);
-  part("memory", device_memory_returns_to_its_level);
+  part("memory after 50 engines", device_memory_returns_to_its_level);
 }
 
 }  // namespace
