@@ -10,6 +10,7 @@
 namespace gemma_cuda::cuda {
 namespace {
 
+constexpr size_t kAloneBytes = size_t{512} << 10;  // at most so much is copied by the caller alone: tables of a step
 constexpr size_t kSliceBytes = size_t{128} << 10;  // what one thread copies at a time
 constexpr uint32_t kMostThreads = 8;
 
@@ -35,7 +36,7 @@ PinnedRing::Piece PinnedRing::fill(const char* host, size_t bytes) {
   else
     GEMMA_CUDA_CHECK(cudaEventSynchronize(copied));
   char* pinned = pinned_.get<char>(kPieces * kPieceBytes) + index * kPieceBytes;
-  if (bytes <= kSliceBytes) {
+  if (bytes <= kAloneBytes) {
     std::memcpy(pinned, host, bytes);
     return {pinned, copied};
   }
