@@ -83,7 +83,7 @@ void Sampler::start(const float* logits, uint32_t vocab, std::span<const ScoreRo
   launch(const_cast<float*>(logits), vocab, std::move(tasks), {}, nullptr, ring, stream);
 }
 
-size_t Sampler::device_bytes(uint32_t rows, uint32_t vocab) {
+size_t Sampler::reserved_bytes(uint32_t rows, uint32_t vocab) {
   const size_t row = sizeof(SampleTask) + kSurveyParts * sizeof(Survey) + sizeof(SampleResult);
   return rows * (row + kReservedTop * sizeof(TopEntry)) + vocab * (sizeof(Adjustment) + sizeof(float));
 }

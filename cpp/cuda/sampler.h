@@ -25,7 +25,7 @@ class Sampler {
   // Takes the memory that calls of so many rows need. Only a call for more than kReservedTop log-probabilities a row
   // takes more, when it comes.
   void reserve(uint32_t rows, uint32_t vocab);
-  static size_t device_bytes(uint32_t rows, uint32_t vocab);
+  static size_t reserved_bytes(uint32_t rows, uint32_t vocab);
 
   // Puts the work on the stream, always the same. At most kLanes calls may be unfinished.
   void start(const float* logits, uint32_t vocab, std::span<const SampleRow> rows, uint32_t* last_tokens,

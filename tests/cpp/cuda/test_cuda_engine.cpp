@@ -26,6 +26,7 @@ ModelSpec tiny_model() {
   spec.hidden_size = 64;
   spec.ffn_size = 128;
   spec.max_positions = 512;
+  spec.tied_embeddings = false;  // or every token would be followed by itself
   for (uint32_t i = 0; i < 3; ++i)
     spec.layers.push_back({.window = i == 1 ? 16u : 0u,
                            .heads = 4,
