@@ -95,13 +95,18 @@ pub(crate) mod ffi {
         shape: Vec<u64>,
     }
 
-    /// Bytes an engine with these options takes.
+    /// Bytes of the device's memory an engine with these options takes, all of it before its first step. What the
+    /// driver keeps for itself (kernels, recorded graphs) comes on top.
     #[derive(Clone, Debug, PartialEq)]
     struct MemoryBudget {
         weights: u64,
         kv_cache: u64,
         activations: u64,
         logits: u64,
+        /// What operations need for themselves.
+        workspace: u64,
+        /// Of all.
+        total: u64,
     }
 
     #[derive(Clone, Debug, PartialEq)]

@@ -6,6 +6,7 @@ use std::fmt;
 
 use crate::bridge::ffi;
 use crate::error::Result;
+use crate::options::bytes_text;
 
 pub use crate::bridge::ffi::{
     DType, EngineOptions, ItemOutput, LayerSpec, MemoryBudget, ModelSpec, SamplingConfig, ScoredToken, SequenceState,
@@ -80,18 +81,37 @@ pub fn memory_budget(spec: &ModelSpec, options: &EngineOptions) -> Result<Memory
     Ok(ffi::memory_budget(spec, options)?)
 }
 
+/// For a person.
+impl fmt::Display for MemoryBudget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts = [self.total, self.weights, self.kv_cache, self.activations, self.logits, self.workspace];
+        let [total, weights, kv_cache, activations, logits, workspace] = parts.map(bytes_text);
+        write!(
+            f,
+            "{total}: weights {weights}, KV cache {kv_cache}, activations {activations}, logits {logits}, workspace \
+             {workspace}"
+        )
+    }
+}
+
 /// A model on a device with its KV cache. `Send`, not `Sync`: one thread at a time.
 ///
 /// Every call either does what it says or returns an error and changes nothing.
+///
+/// A device that fails in a step ends the engine: the [`Error::Device`](crate::Error::Device) names the step, and from
+/// then on every step is refused with it. CUDA gives a process one context a GPU, so a kernel's fault there ends all
+/// engines of the process on that GPU, each with its own error at its next step; those on other devices live on, and a
+/// new process can use the GPU again.
 pub struct Engine {
     core: cxx::UniquePtr<ffi::Engine>,
 }
 
 impl Engine {
-    /// Allocates everything the engine will ever need: weights, KV cache, activations, logits.
+    /// Allocates everything the engine will ever need: what [`memory_budget`] says.
     ///
     /// # Errors
-    /// `InvalidArgument` naming the number that cannot be, `Device` where the device or its memory cannot be had.
+    /// `InvalidArgument` naming the number that cannot be, `Device` where the device cannot be had, or has too little
+    /// memory: then it says what would fit.
     pub fn new(spec: &ModelSpec, options: &EngineOptions) -> Result<Self> {
         Ok(Engine { core: ffi::new_engine(spec, options)? })
     }
@@ -121,7 +141,7 @@ impl Engine {
     /// To be called after the last tensor.
     ///
     /// # Errors
-    /// `InvalidArgument` naming a tensor that is missing.
+    /// `InvalidArgument` naming a tensor that is missing; `Device` where steps cannot be recorded.
     pub fn finish_loading(&mut self) -> Result<()> {
         Ok(self.core.pin_mut().finish_loading()?)
     }
@@ -183,8 +203,8 @@ impl Engine {
     /// One forward pass over any mix of prefill chunks and decode rows; outputs in the order of `items`.
     ///
     /// # Errors
-    /// `InvalidArgument` for an item that cannot be, `OutOfPages` where the KV cache is too full. Nothing has changed
-    /// then.
+    /// `InvalidArgument` for an item that cannot be, `OutOfPages` where the KV cache is too full: nothing has changed
+    /// then. `Device` where the device failed: that is the end of the engine.
     pub fn step(&mut self, items: &[StepItem]) -> Result<Vec<ItemOutput>> {
         Ok(self.core.pin_mut().step(items)?)
     }

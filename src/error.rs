@@ -32,7 +32,8 @@ pub enum Error {
     #[error("{0}")]
     TooLong(String),
 
-    /// The device asked for cannot be used.
+    /// The device asked for cannot be used, or failed in a step, which the message names. After that the engine computes
+    /// no more; one that is new may.
     #[error("{0}")]
     Device(String),
 

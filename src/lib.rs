@@ -27,7 +27,6 @@ mod error;
 pub mod eval;
 pub mod generate;
 mod load;
-mod memory;
 mod model;
 mod options;
 pub mod verify;

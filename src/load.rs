@@ -5,7 +5,7 @@ use crate::engine::{
     DType, Engine, EngineOptions, ItemOutput, MemoryBudget, ModelSpec, SamplingConfig, StepItem, memory_budget,
 };
 use crate::generate::{Core, Limits};
-use crate::{Error, LoadOptions, Result, memory};
+use crate::{Error, LoadOptions, Result};
 
 /// How far loading has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +42,8 @@ pub(crate) fn load(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded> {
     let (options, budget) = options.plan(checkpoint)?;
-    let mut engine = new_engine(checkpoint.spec(), &options, &budget)?;
+    tracing::info!("memory: {budget}");
+    let mut engine = Engine::new(checkpoint.spec(), &options)?;
     let mut done = 0;
     let total = checkpoint.tensors().map(|tensor| tensor.bytes().len() as u64).sum();
     progress(LoadProgress { done, total });
@@ -56,18 +57,11 @@ pub(crate) fn load(
     Ok(Loaded { engine, options, device })
 }
 
-/// The core checks a GPU's memory itself.
-fn new_engine(spec: &ModelSpec, options: &EngineOptions, budget: &MemoryBudget) -> Result<Engine> {
-    if options.device == "reference" || !cfg!(feature = "cuda") {
-        memory::check_host(budget)?;
-    }
-    Engine::new(spec, options)
-}
-
 /// An engine of this shape with random weights, made where the device is.
 pub(crate) fn load_random(spec: &ModelSpec, options: &LoadOptions, seed: u64) -> Result<Loaded> {
     let options = options.resolve(spec, true)?;
-    let mut engine = new_engine(spec, &options, &memory_budget(spec, &options)?)?;
+    tracing::info!("memory: {}", memory_budget(spec, &options)?);
+    let mut engine = Engine::new(spec, &options)?;
     engine.load_random(seed)?;
     engine.finish_loading()?;
     let device = engine.device_name();

@@ -113,7 +113,7 @@ fn bad_checkpoints_and_devices_are_refused_by_name() {
     assert_refused(&with_model(&model(), &["--dtype", "int3"]), "int3");
     assert_refused(&with_model(&model(), &["--device", "tpu"]), "tpu");
     assert_refused(&with_model(&model(), &["--kv-cache", "10GB"]), "10GB");
-    assert_refused(&with_model(&model(), &["--kv-cache", "400GiB"]), "are available");
+    assert_refused(&with_model(&model(), &["--kv-cache", "400GiB"]), "are free");
     assert_refused(&with_model(&model(), &["--page-size", "0"]), "page_size is 0");
     assert_refused(&with_model(&model(), &["--log", "no=such=filter"]), "--log");
 }

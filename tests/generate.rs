@@ -281,7 +281,7 @@ fn options_that_cannot_be_are_refused_by_name() {
     assert!(refuse(LoadOptions { max_sequences: 0, ..options() }).contains("max_sequences is 0"));
     assert!(refuse(LoadOptions { kv_cache: KvCache::Bytes(10), ..options() }).contains("holds no page"));
     let huge = refuse(LoadOptions { kv_cache: KvCache::Tokens(1 << 28), ..options() });
-    assert!(huge.contains("are available"), "{huge}");
+    assert!(huge.contains("are free"), "{huge}");
 }
 
 #[test]

@@ -142,7 +142,7 @@ rust::Vec<TensorSlot> tensor_table(const ModelSpec& spec) {
 
 MemoryBudget memory_budget(const ModelSpec& spec, const EngineOptions& options) {
   const gemma_cuda::MemoryBudget budget = gemma_cuda::memory_budget(from_rust(spec), from_rust(options));
-  return {budget.weights, budget.kv_cache, budget.activations, budget.logits};
+  return {budget.weights, budget.kv_cache, budget.activations, budget.logits, budget.workspace, budget.total()};
 }
 
 Engine::Engine(gemma_cuda::ModelSpec spec, gemma_cuda::EngineOptions options)

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "core/error.h"
+#include "core/memory.h"
 #ifdef GEMMA_CUDA_WITH_CUDA
 #include "cuda/backend.h"
 #endif
@@ -39,6 +40,11 @@ std::unique_ptr<Backend> make_gpu_backend(int index, const ModelSpec& spec, cons
   if (const std::string why = unsupported(spec, options); !why.empty()) throw Error::device(why);
   return cuda::make_backend(index);
 }
+
+// Whether "auto" would take the first GPU, as far as can be said without making it ready.
+bool auto_takes_gpu(const ModelSpec& spec, const EngineOptions& options) {
+  return options.device == "auto" && unsupported(spec, options).empty() && cuda::devices() > 0;
+}
 #else
 std::unique_ptr<Backend> make_gpu_backend(int, const ModelSpec&, const EngineOptions& options) {
   throw Error::device("device " + options.device +
@@ -58,11 +64,20 @@ Device make_device(const ModelSpec& spec, const EngineOptions& options) {
     try {
       return {make_gpu_backend(0, spec, options), {}};
     } catch (const Error& error) {
-      why = error.what();
+      why = error.message();
     }
   }
 #endif
   return {make_reference_backend(options.threads, options.compute), why};
+}
+
+uint64_t workspace_bytes([[maybe_unused]] const ModelSpec& spec, [[maybe_unused]] const EngineOptions& options) {
+#ifdef GEMMA_CUDA_WITH_CUDA
+  const std::optional<int> index = gpu_index(options.device);
+  if (index.has_value() || auto_takes_gpu(spec, options))
+    return cuda::workspace_bytes(index.value_or(0), work_limits(spec, options));
+#endif
+  return 0;
 }
 
 }  // namespace gemma_cuda

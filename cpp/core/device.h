@@ -19,4 +19,7 @@ struct Device {
 // Error::device saying why a device that was asked for cannot be had.
 Device make_device(const ModelSpec& spec, const EngineOptions& options);
 
+// What that device's operations will need for themselves. Where "cuda:N" is not there, that of a common GPU.
+uint64_t workspace_bytes(const ModelSpec& spec, const EngineOptions& options);
+
 }  // namespace gemma_cuda

@@ -8,6 +8,7 @@
 #include "core/device.h"
 #include "core/error.h"
 #include "core/forward.h"
+#include "core/memory.h"
 #include "core/pages.h"
 #include "core/plan.h"
 #include "core/sequence.h"
@@ -45,13 +46,23 @@ ForwardLimits limits(const EngineOptions& options) {
           options.max_sequences, options.max_logit_rows, options.graphs};
 }
 
+uint64_t last_token_bytes(const EngineOptions& options) { return options.max_sequences * sizeof(uint32_t); }
+
 }  // namespace
 
 MemoryBudget memory_budget(const ModelSpec& spec, const EngineOptions& options) {
   validate(spec);
   validate(options);
   return {Weights::bytes(spec, options.weights), Forward::kv_cache_bytes(spec, limits(options)),
-          Forward::activation_bytes(spec, limits(options)), Forward::logit_bytes(spec, limits(options))};
+          Forward::activation_bytes(spec, limits(options)) + last_token_bytes(options),
+          Forward::logit_bytes(spec, limits(options)), workspace_bytes(spec, options)};
+}
+
+uint64_t MemoryBudget::total() const {
+  uint64_t sum = 0;
+  for (uint64_t part : {weights, kv_cache, activations, logits, workspace})
+    sum = sum > UINT64_MAX - part ? UINT64_MAX : sum + part;
+  return sum;
 }
 
 // A step whose results have not been collected.
@@ -61,37 +72,33 @@ struct Engine::Launched {
     uint64_t serial;  // of its sequence
     uint32_t cached;  // tokens of its sequence in the cache after the step
   };
+  uint64_t number = 0;  // counted from 1
   std::vector<Item> items;
   std::vector<ItemOutput> outputs;  // all but the sampled tokens
 };
 
-// A device with room for everything, before any of it is taken.
-Device roomy_device(const ModelSpec& spec, const EngineOptions& options) {
-  Device device = make_device(spec, options);
-  const MemoryBudget budget = memory_budget(spec, options);
-  const uint64_t needed = budget.weights + budget.kv_cache + budget.activations + budget.logits;
-  const std::optional<uint64_t> free = device.backend->free_memory();
-  if (free.has_value() && needed > *free) {
-    const auto mib = [](uint64_t bytes) { return number(bytes >> 20) + " MiB"; };
-    throw Error::device("the model needs " + mib(needed) + " on " + device.backend->name() + ": weights " +
-                        mib(budget.weights) + ", KV cache " + mib(budget.kv_cache) + ", activations " +
-                        mib(budget.activations) + ", logits " + mib(budget.logits) + "; " + mib(*free) +
-                        " are free. A smaller KV cache or fewer sequences and tokens a step need less");
-  }
+namespace {
+
+// The device, with room for everything and the operations' own part taken.
+Device reserved(Device device, const ModelSpec& spec, const EngineOptions& options) {
+  require_room(spec, options, *device.backend);
+  device.backend->reserve(work_limits(spec, options));
   return device;
 }
 
+}  // namespace
+
 struct Engine::State {
-  State(ModelSpec model, EngineOptions chosen)
+  State(ModelSpec model, EngineOptions chosen, Device on)
       : spec(std::move(model)),
         options(std::move(chosen)),
-        device(roomy_device(spec, options)),
+        device(reserved(std::move(on), spec, options)),
         backend(device.backend.get()),
         weights(*backend, spec, options.weights),
         forward(*backend, spec, weights, limits(options)),
         pages(options.pages, options.page_size, options.prefix_cache),
         sequences(options.max_sequences),
-        last_tokens(*backend, options.max_sequences * sizeof(uint32_t)) {}
+        last_tokens(*backend, last_token_bytes(options)) {}
 
   Sequence& sequence(uint32_t id) {
     require(id < sequences.size() && sequences[id].has_value(), "there is no sequence " + number(id));
@@ -112,6 +119,23 @@ struct Engine::State {
     return static_cast<uint32_t>((uint64_t{sequence.cached} + tokens + size - 1) / size - sequence.pages.size());
   }
 
+  // Throws on the error at hand. One of the device ends the engine, and names the steps it may have come from: a fault
+  // of a kernel shows at whatever call comes next.
+  [[noreturn]] void step_failed(uint64_t first, uint64_t last) {
+    try {
+      throw;
+    } catch (const Error& error) {
+      if (error.kind() != Error::Kind::device) throw;
+      fault = "step " + number(first) + (last > first ? " or " + number(last) : "") + " failed on " + backend->name() +
+              ": " + error.message();
+      launched.clear();
+      throw Error::device(fault);
+    }
+  }
+  void require_working() const {
+    if (!fault.empty()) throw Error::device("this engine computes no more, make a new one: " + fault);
+  }
+
   // Pages taken for a step that failed.
   void give_back_unused(Sequence& sequence) {
     const uint32_t used = (sequence.cached + pages.page_size() - 1) / pages.page_size();
@@ -129,8 +153,10 @@ struct Engine::State {
   std::vector<std::optional<Sequence>> sequences;
   Buffer last_tokens;  // of each sequence's number, written by the sampler
   std::deque<Launched> launched;
+  uint64_t steps = 0;  // launched so far
   uint64_t serials = 0;
   bool ready = false;
+  std::string fault;  // of the device; then the engine has ended
 };
 
 namespace {
@@ -143,7 +169,13 @@ uint32_t logit_rows(const StepItem& item) { return item.logits || item.score ? i
 Engine::Engine(ModelSpec spec, EngineOptions options) {
   gemma_cuda::validate(spec);
   validate(options);
-  state_ = std::make_unique<State>(std::move(spec), std::move(options));
+  Device device = make_device(spec, options);
+  state_ = std::make_unique<State>(std::move(spec), std::move(options), std::move(device));
+}
+Engine::Engine(ModelSpec spec, EngineOptions options, std::unique_ptr<Backend> backend) {
+  gemma_cuda::validate(spec);
+  validate(options);
+  state_ = std::make_unique<State>(std::move(spec), std::move(options), Device{std::move(backend), {}});
 }
 Engine::~Engine() = default;
 
@@ -168,6 +200,7 @@ void Engine::finish_loading() {
 uint32_t Engine::add_sequence(std::span<const uint32_t> tokens, uint32_t prompt_tokens, const SamplingConfig& sampling,
                               bool reuse_prefix) {
   State& s = *state_;
+  s.require_working();
   require(!tokens.empty(), "a sequence needs at least one token");
   require(
       tokens.size() <= s.spec.max_positions,
@@ -253,6 +286,7 @@ std::vector<float> rows_of(const std::vector<std::vector<float>>& hidden, uint32
 }  // namespace
 
 std::vector<ItemOutput> Engine::step(std::span<const StepItem> items) {
+  state_->require_working();
   require(state_->launched.empty(), "a launched step is not collected yet");
   launch(items);
   return collect();
@@ -262,6 +296,7 @@ bool Engine::runs_ahead() const { return state_->backend->asynchronous(); }
 
 void Engine::launch(std::span<const StepItem> items) {
   State& s = *state_;
+  s.require_working();
   require(s.ready, "finish_loading has not been called");
   require(!items.empty(), "a step needs at least one sequence");
   require(s.launched.size() < kMaxAhead, number(kMaxAhead) + " steps are launched and not collected already");
@@ -282,6 +317,7 @@ void Engine::launch(std::span<const StepItem> items) {
                               number(s.pages.free()) + " of " + number(s.pages.pages()) + " are free");
 
   Launched step;
+  step.number = s.steps + 1;
   std::vector<PlanItem> plan_items;
   for (const StepItem& item : items) {
     Sequence& sequence = s.sequence(item.sequence);
@@ -297,8 +333,9 @@ void Engine::launch(std::span<const StepItem> items) {
     ask(step, plan, logits, hidden);
   } catch (...) {
     for (const StepItem& item : items) s.give_back_unused(s.sequence(item.sequence));
-    throw;
+    s.step_failed(s.launched.empty() ? step.number : s.launched.front().number, step.number);
   }
+  s.steps = step.number;
   advance(step);
   s.launched.push_back(std::move(step));
 }
@@ -354,10 +391,16 @@ void Engine::advance(const Launched& step) {
 
 std::vector<ItemOutput> Engine::collect() {
   State& s = *state_;
+  s.require_working();
   require(!s.launched.empty(), "no step is launched");
   Launched step = std::move(s.launched.front());
   s.launched.pop_front();
-  const std::vector<ScoredToken> sampled = s.backend->finish_sample();
+  std::vector<ScoredToken> sampled;
+  try {
+    sampled = s.backend->finish_sample();
+  } catch (...) {
+    s.step_failed(step.number, s.steps);
+  }
   const uint32_t size = s.pages.page_size();
   size_t next_sample = 0;
   for (size_t i = 0; i < step.items.size(); ++i) {

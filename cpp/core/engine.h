@@ -2,6 +2,11 @@
 //
 // One engine is used by one thread at a time. Every call either does what it says or throws gemma_cuda::Error and
 // changes nothing.
+//
+// A device that fails in a step ends the engine: the error names the step, and from then on every step is refused with
+// that error. CUDA gives a process one context a GPU, so a kernel's fault (an illegal address, say) ends all engines of
+// the process on that GPU, each with its own error at its next call; those on other devices live on, and a new process
+// can use the GPU again.
 #pragma once
 
 #include <cstdint>
@@ -33,9 +38,13 @@ struct EngineOptions {
 };
 
 struct BatchPlan;
+class Backend;
 
+// Bytes of the device's memory an engine takes: all of it before its first step, but for the kernels and recorded
+// graphs that the driver keeps. `workspace` is what the operations need for themselves.
 struct MemoryBudget {
-  uint64_t weights = 0, kv_cache = 0, activations = 0, logits = 0;  // bytes
+  uint64_t weights = 0, kv_cache = 0, activations = 0, logits = 0, workspace = 0;
+  uint64_t total() const;  // at most 2^64 - 1
 };
 MemoryBudget memory_budget(const ModelSpec& spec, const EngineOptions& options);
 
@@ -66,6 +75,8 @@ struct SequenceState {
 class Engine {
  public:
   Engine(ModelSpec spec, EngineOptions options);
+  // On this backend, whatever options.device says.
+  Engine(ModelSpec spec, EngineOptions options, std::unique_ptr<Backend> backend);
   ~Engine();
 
   std::string device_name() const;

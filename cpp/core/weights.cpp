@@ -121,6 +121,7 @@ uint64_t Weights::bytes(const ModelSpec& spec, DType dtype) {
   uint64_t total = 0;
   for (const TensorSlot& tensor : tensor_table(spec))
     total += elements(tensor.shape) * size_of(is_matrix(tensor.slot) ? dtype : DType::f32);
+  for (const LayerSpec& layer : spec.layers) total += layer.head_dim / 2 * sizeof(float);  // inverse frequencies
   return total;
 }
 

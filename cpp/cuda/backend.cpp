@@ -9,8 +9,9 @@
 #include "cuda/gemm.h"
 #include "cuda/memory.h"
 #include "cuda/ops.h"
+#include "cuda/pinned_ring.h"
+#include "cuda/requirements.h"
 #include "cuda/sampler.h"
-#include "cuda/staging.h"
 
 namespace gemma_cuda::cuda {
 namespace {
@@ -33,16 +34,19 @@ class DeviceScope {
   int before_ = 0, device_ = 0;
 };
 
+void require(const std::string& problem) {
+  if (!problem.empty()) throw Error::device(problem);
+}
+
 void require_usable(int index) {
-  int count = 0;
+  int count = 0, driver = 0, runtime = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
-  if (status != cudaSuccess) {
-    cudaGetLastError();
-    throw Error::device(std::string("no usable NVIDIA driver: ") + cudaGetErrorString(status));
-  }
-  if (index < 0 || index >= count)
-    throw Error::device("there is no device cuda:" + std::to_string(index) + "; this machine has " +
-                        (count == 0 ? "no GPU" : "cuda:0 to cuda:" + std::to_string(count - 1)));
+  cudaGetLastError();
+  if (outlives_the_call(status)) check(status, "cudaGetDeviceCount");
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  require(driver_problem(status, driver, runtime));
+  require(index_problem(index, count));
 }
 
 DeviceInfo device_info(int index) {
@@ -56,10 +60,27 @@ DeviceInfo device_info(int index) {
   info.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   info.shared_memory = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   info.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-  if (info.capability < 80)
-    throw Error::device("cuda:" + std::to_string(index) + " is sm_" + std::to_string(info.capability) +
-                        "; bf16 needs sm_80 (Ampere) or newer");
+  require(capability_problem(index, info.capability));
   return info;
+}
+
+struct Names {
+  std::string kind;    // what GPUs that compute alike have in common
+  std::string device;  // one line for a person
+};
+
+Names names(const DeviceInfo& device) {
+  cudaDeviceProp properties;
+  GEMMA_CUDA_CHECK(cudaGetDeviceProperties(&properties, device.index));
+  const std::string kind = std::string(properties.name) + ", sm_" + std::to_string(device.capability);
+  char memory[40];
+  std::snprintf(memory, sizeof memory, "%.1f GiB", static_cast<double>(properties.totalGlobalMem) / (1u << 30));
+  return {kind, "cuda:" + std::to_string(device.index) + " (" + kind + ", " + memory + ")"};
+}
+
+uint64_t workspace_of(const DeviceInfo& device, const WorkLimits& limits) {
+  return Gemm::kWorkspaceBytes + PinnedRing::kPieceBytes + Sampler::reserved_bytes(limits.logit_rows, limits.vocab) +
+         decode_scratch_bytes(device, limits.head_dim, limits.group);
 }
 
 // Launches on the stream it was recorded from.
@@ -98,10 +119,10 @@ class CapturedGraph final : public Graph {
 
 class CudaBackend final : public Backend {
  public:
-  explicit CudaBackend(int index) : device_(device_info(index)) {
+  explicit CudaBackend(int index) : device_(device_info(index)), names_(names(device_)) {
     const DeviceScope scope(index);
+    gemm_ = std::make_unique<Gemm>(names_.kind);
     GEMMA_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-    gemm_ = std::make_unique<Gemm>(gemm_workspace_.get<char>(Gemm::kWorkspaceBytes));
   }
   ~CudaBackend() override {
     int before = 0;
@@ -113,20 +134,22 @@ class CudaBackend final : public Backend {
     cudaSetDevice(before);
   }
 
-  std::string name() const override {
-    cudaDeviceProp properties;
-    GEMMA_CUDA_CHECK(cudaGetDeviceProperties(&properties, device_.index));
-    char text[400];
-    std::snprintf(text, sizeof text, "cuda:%d (%s, sm_%d, %.1f GiB)", device_.index, properties.name,
-                  device_.capability, static_cast<double>(properties.totalGlobalMem) / (1u << 30));
-    return text;
-  }
+  std::string name() const override { return names_.device; }
 
   std::optional<uint64_t> free_memory() const override {
     const DeviceScope scope(device_.index);
     size_t free = 0, total = 0;
     GEMMA_CUDA_CHECK(cudaMemGetInfo(&free, &total));
     return free;
+  }
+
+  uint64_t workspace_bytes(const WorkLimits& limits) const override { return workspace_of(device_, limits); }
+  void reserve(const WorkLimits& limits) override {
+    const DeviceScope scope(device_.index);
+    gemm_->reserve();
+    ring_.reserve();
+    sampler_.reserve(limits.logit_rows, limits.vocab);
+    decode_scratch_.get<char>(decode_scratch_bytes(device_, limits.head_dim, limits.group));
   }
 
   void* allocate(size_t bytes) override {
@@ -139,10 +162,7 @@ class CudaBackend final : public Backend {
   void release(void* memory) noexcept override { cudaFree(memory); }  // waits for what uses it
   void upload(void* to, const void* host, size_t bytes) override {
     const DeviceScope scope(device_.index);
-    if (bytes <= Tables::kBytes)
-      tables_ring_.upload(to, host, bytes, stream_);
-    else
-      staging_.upload(to, DType::bf16, host, DType::bf16, bytes / 2, stream_);
+    ring_.upload(to, host, bytes, stream_);
   }
   void download(void* host, const void* from, size_t bytes) override {
     const DeviceScope scope(device_.index);
@@ -151,7 +171,7 @@ class CudaBackend final : public Backend {
   }
   void upload_as(void* to, DType to_type, const void* host, DType host_type, size_t count) override {
     const DeviceScope scope(device_.index);
-    staging_.upload(to, to_type, host, host_type, count, stream_);
+    ring_.upload_as(to, to_type, host, host_type, count, stream_);
   }
 
   void fill_random(void* to, DType type, size_t count, uint64_t seed, float deviation) override {
@@ -194,7 +214,7 @@ class CudaBackend final : public Backend {
 
   void start_sample(const float* logits, uint32_t vocab, std::span<const SampleRow> rows,
                     uint32_t* last_tokens) override {
-    on_device([&] { sampler_.start(logits, vocab, rows, last_tokens, tables_ring_, stream_); });
+    on_device([&] { sampler_.start(logits, vocab, rows, last_tokens, ring_, stream_); });
   }
   std::vector<ScoredToken> finish_sample() override {
     const DeviceScope scope(device_.index);
@@ -202,7 +222,7 @@ class CudaBackend final : public Backend {
   }
   std::vector<ScoredToken> score(const float* logits, uint32_t vocab, std::span<const ScoreRow> rows) override {
     const DeviceScope scope(device_.index);
-    sampler_.start(logits, vocab, rows, tables_ring_, stream_);
+    sampler_.start(logits, vocab, rows, ring_, stream_);
     return sampler_.finish_newest();
   }
 
@@ -216,11 +236,11 @@ class CudaBackend final : public Backend {
   }
 
   const DeviceInfo device_;
+  const Names names_;
   cudaStream_t stream_ = nullptr;
-  DeviceScratch gemm_workspace_, decode_scratch_;
+  DeviceScratch decode_scratch_;
   std::unique_ptr<Gemm> gemm_;
-  Staging staging_;
-  Tables tables_ring_;
+  PinnedRing ring_;
   Sampler sampler_;
 };
 
@@ -230,6 +250,19 @@ std::unique_ptr<Backend> make_backend(int device) {
   require_usable(device);
   CublasLt::get();
   return std::make_unique<CudaBackend>(device);
+}
+
+int devices() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess ? count : (cudaGetLastError(), 0);
+}
+
+uint64_t workspace_bytes(int device, const WorkLimits& limits) {
+  DeviceInfo info;
+  info.multiprocessors = 132;
+  if (device < devices())
+    GEMMA_CUDA_CHECK(cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  return workspace_of(info, limits);
 }
 
 std::string unsupported_head(uint32_t head_dim, uint32_t heads, uint32_t kv_heads) {

@@ -3,23 +3,13 @@
 #include <dlfcn.h>
 
 #include "core/error.h"
+#include "cuda/check.h"
+#include "cuda/requirements.h"
 
 namespace gemma_cuda::cuda {
 namespace {
 
-constexpr size_t kLeastVersion = 120200;  // 12.2
 constexpr const char* kNames[] = {"libcublasLt.so.13", "libcublasLt.so.12"};
-
-void* open_library() {
-  std::string reasons;
-  for (const char* name : kNames) {
-    if (void* library = dlopen(name, RTLD_NOW | RTLD_LOCAL)) return library;
-    reasons += std::string("; ") + dlerror();
-  }
-  throw Error::device("cuBLASLt could not be loaded" + reasons +
-                      ". It comes with the CUDA toolkit and with `pip install nvidia-cublas`; put its folder into "
-                      "LD_LIBRARY_PATH");
-}
 
 template <class F>
 void resolve(void* library, const char* name, F& function) {
@@ -28,14 +18,16 @@ void resolve(void* library, const char* name, F& function) {
 }
 
 CublasLt load() {
-  void* library = open_library();  // kept for the life of the process
+  void* library = open_cublaslt(kNames);  // kept for the life of the process
   CublasLt lt;
+  resolve(library, "cublasLtGetVersion", lt.version);
+  if (const std::string problem = cublaslt_problem(lt.version()); !problem.empty()) throw Error::device(problem);
   resolve(library, "cublasLtCreate", lt.create);
   resolve(library, "cublasLtDestroy", lt.destroy);
-  resolve(library, "cublasLtGetVersion", lt.version);
   resolve(library, "cublasLtGetStatusString", lt.status_string);
   resolve(library, "cublasLtMatmul", lt.matmul);
   resolve(library, "cublasLtMatmulAlgoGetHeuristic", lt.heuristic);
+  resolve(library, "cublasLtMatmulAlgoCheck", lt.algorithm_check);
   resolve(library, "cublasLtMatmulDescCreate", lt.desc_create);
   resolve(library, "cublasLtMatmulDescDestroy", lt.desc_destroy);
   resolve(library, "cublasLtMatmulDescSetAttribute", lt.desc_set);
@@ -44,13 +36,21 @@ CublasLt load() {
   resolve(library, "cublasLtMatmulPreferenceCreate", lt.preference_create);
   resolve(library, "cublasLtMatmulPreferenceDestroy", lt.preference_destroy);
   resolve(library, "cublasLtMatmulPreferenceSetAttribute", lt.preference_set);
-  if (lt.version() < kLeastVersion)
-    throw Error::device("cuBLASLt is version " + std::to_string(lt.version()) + ", older than the " +
-                        std::to_string(kLeastVersion) + " that is needed");
   return lt;
 }
 
 }  // namespace
+
+void* open_cublaslt(std::span<const char* const> names) {
+  std::string reasons;
+  for (const char* name : names) {
+    if (void* library = dlopen(name, RTLD_NOW | RTLD_LOCAL)) return library;
+    reasons += std::string("; ") + dlerror();
+  }
+  throw Error::device("cuBLASLt could not be loaded" + reasons +
+                      ". It comes with the CUDA toolkit and with `pip install nvidia-cublas`; put its folder into "
+                      "LD_LIBRARY_PATH");
+}
 
 const CublasLt& CublasLt::get() {
   static const CublasLt lt = load();
@@ -58,7 +58,11 @@ const CublasLt& CublasLt::get() {
 }
 
 void CublasLt::check(cublasStatus_t status, const char* call) const {
-  if (status != CUBLAS_STATUS_SUCCESS) throw Error::device(std::string(call) + " failed: " + status_string(status));
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  // It calls every fault of the device an execution that failed; CUDA knows more.
+  size_t free = 0, total = 0;
+  if (const cudaError_t fault = cudaMemGetInfo(&free, &total); outlives_the_call(fault)) cuda::check(fault, call);
+  throw Error::device(std::string(call) + " failed: " + status_string(status));
 }
 
 }  // namespace gemma_cuda::cuda

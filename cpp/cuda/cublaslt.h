@@ -4,9 +4,13 @@
 #include <cublasLt.h>
 
 #include <cstddef>
+#include <span>
 #include <string>
 
 namespace gemma_cuda::cuda {
+
+// Loads the first of these libraries there is. Throws Error::device with the loader's reasons and what would help.
+void* open_cublaslt(std::span<const char* const> names);
 
 struct CublasLt {
   decltype(&cublasLtCreate) create;
@@ -15,6 +19,7 @@ struct CublasLt {
   decltype(&cublasLtGetStatusString) status_string;
   decltype(&cublasLtMatmul) matmul;
   decltype(&cublasLtMatmulAlgoGetHeuristic) heuristic;
+  decltype(&cublasLtMatmulAlgoCheck) algorithm_check;
   decltype(&cublasLtMatmulDescCreate) desc_create;
   decltype(&cublasLtMatmulDescDestroy) desc_destroy;
   decltype(&cublasLtMatmulDescSetAttribute) desc_set;

@@ -2,10 +2,12 @@
 // So out^T = (w as it sees it)^T x: both inputs run along k, the form for which it has the most kernels.
 //
 // At the few rows of decode a product is bound by reading w, and the algorithm the library guesses first is up to a
-// fifth slower than its best; so there the candidates are timed before the first step, on the model's own weights.
+// fifth slower than its best; so there the candidates are timed before the first step, on the model's own weights. What
+// was found is shared by all engines of the machine: by timing alone each would come to another choice and other bits.
 #include "cuda/gemm.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "cuda/check.h"
 
@@ -45,7 +47,7 @@ uint32_t rounded_rows(uint32_t rows) {
 
 }  // namespace
 
-Gemm::Gemm(void* workspace) : lt_(CublasLt::get()), workspace_(workspace) {
+Gemm::Gemm(std::string device) : lt_(CublasLt::get()), cache_(AlgorithmCache::shared()), device_(std::move(device)) {
   lt_.check(lt_.create(&handle_), "cublasLtCreate");
 }
 
@@ -59,6 +61,11 @@ Gemm::~Gemm() {
   lt_.destroy(handle_);
 }
 
+void Gemm::search(bool on) {
+  searches_ = on;
+  if (!on) cache_.save();
+}
+
 void Gemm::run(GemmArgs args, cudaStream_t stream) {
   if (const uint32_t rows = rounded_rows(args.tokens); rows <= args.capacity) args.tokens = rows;
   const Key key{args.tokens, args.w.rows, args.w.cols, args.out_dtype};
@@ -69,7 +76,7 @@ void Gemm::run(GemmArgs args, cudaStream_t stream) {
     found = plans_.emplace(key, plan).first;
   }
   Plan& plan = found->second;
-  if (searches_ && !plan.searched && args.tokens <= kSearchedTokens) find_fastest(plan, args, stream);
+  if (searches_ && !plan.searched && args.tokens <= kSearchedTokens) choose(plan, key, args, stream);
   lt_.check(call(plan, plan.algorithm, args, stream), "cublasLtMatmul");
 }
 
@@ -106,7 +113,36 @@ std::vector<cublasLtMatmulHeuristicResult_t> Gemm::candidates(const Plan& plan) 
   return results;
 }
 
-void Gemm::find_fastest(Plan& plan, const GemmArgs& args, cudaStream_t stream) const {
+std::string Gemm::cache_key(const Key& shape) const {
+  const auto& [tokens, n, k, out] = shape;
+  return device_ + "; cuBLASLt " + std::to_string(lt_.version()) + "; bf16 " + std::to_string(tokens) + " x " +
+         std::to_string(n) + " x " + std::to_string(k) + " to " + (out == DType::f32 ? "f32" : "bf16") +
+         "; workspace " + std::to_string(kWorkspaceBytes);
+}
+
+// Whether the library takes the algorithm for this product: one from a file may be anything.
+bool Gemm::can_run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const GemmArgs& args, cudaStream_t stream) {
+  cublasLtMatmulHeuristicResult_t result{};
+  const cublasStatus_t status =
+      lt_.algorithm_check(handle_, plan.desc, plan.w, plan.x, plan.out, plan.out, &algorithm, &result);
+  return status == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= kWorkspaceBytes &&
+         call(plan, algorithm, args, stream) == CUBLAS_STATUS_SUCCESS;
+}
+
+void Gemm::choose(Plan& plan, const Key& shape, const GemmArgs& args, cudaStream_t stream) {
+  const std::string key = cache_key(shape);
+  std::optional<Algorithm> kept = cache_.find(key);
+  if (kept && !can_run(plan, std::bit_cast<cublasLtMatmulAlgo_t>(*kept), args, stream)) {
+    cache_.forget(key);
+    kept.reset();
+  }
+  if (!kept) kept = cache_.keep(key, std::bit_cast<Algorithm>(find_fastest(plan, args, stream)));
+  plan.algorithm = std::bit_cast<cublasLtMatmulAlgo_t>(*kept);
+  plan.searched = true;
+}
+
+cublasLtMatmulAlgo_t Gemm::find_fastest(const Plan& plan, const GemmArgs& args, cudaStream_t stream) {
+  cublasLtMatmulAlgo_t fastest = plan.algorithm;
   float best = 0;
   bool first = true;
   for (const cublasLtMatmulHeuristicResult_t& candidate : candidates(plan)) {
@@ -117,16 +153,16 @@ void Gemm::find_fastest(Plan& plan, const GemmArgs& args, cudaStream_t stream) c
     if (!first && time >= best) continue;
     first = false;
     best = time;
-    plan.algorithm = candidate.algo;
+    fastest = candidate.algo;
   }
-  plan.searched = true;
+  return fastest;
 }
 
 cublasStatus_t Gemm::call(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const GemmArgs& args,
-                          cudaStream_t stream) const {
+                          cudaStream_t stream) {
   const float one = 1, zero = 0;
   return lt_.matmul(handle_, plan.desc, &one, args.w.data, plan.w, args.x, plan.x, &zero, args.out, plan.out, args.out,
-                    plan.out, &algorithm, workspace_, kWorkspaceBytes, stream);
+                    plan.out, &algorithm, workspace_.get<char>(kWorkspaceBytes), kWorkspaceBytes, stream);
 }
 
 }  // namespace gemma_cuda::cuda

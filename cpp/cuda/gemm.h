@@ -4,25 +4,32 @@
 #include <cuda_runtime.h>
 
 #include <map>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "cuda/cublaslt.h"
+#include "cuda/memory.h"
 #include "ops/backend.h"
+#include "support/algorithm_cache.h"
 
 namespace gemma_cuda::cuda {
 
 class Gemm {
  public:
-  // `workspace` is device memory of kWorkspaceBytes, used by one stream at a time.
-  explicit Gemm(void* workspace);
+  // `device` is the current one and names it to the cache of algorithms.
+  explicit Gemm(std::string device);
   ~Gemm();
   Gemm(const Gemm&) = delete;
   Gemm& operator=(const Gemm&) = delete;
 
-  // While it is on, the first call of a shape with few tokens times the library's candidates and keeps the fastest.
-  void search(bool on) { searches_ = on; }
+  // While it is on, the first call of a shape with few tokens takes the algorithm that the cache has, or times the
+  // library's candidates and keeps the fastest there.
+  void search(bool on);
   void run(GemmArgs args, cudaStream_t stream);
 
+  // Takes the memory that products need; it is used by one stream at a time.
+  void reserve() { workspace_.get<char>(kWorkspaceBytes); }
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
 
  private:
@@ -37,13 +44,18 @@ class Gemm {
 
   Plan describe(const GemmArgs& args) const;
   std::vector<cublasLtMatmulHeuristicResult_t> candidates(const Plan& plan) const;
-  void find_fastest(Plan& plan, const GemmArgs& args, cudaStream_t stream) const;
+  std::string cache_key(const Key& shape) const;
+  bool can_run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const GemmArgs& args, cudaStream_t stream);
+  void choose(Plan& plan, const Key& shape, const GemmArgs& args, cudaStream_t stream);
+  cublasLtMatmulAlgo_t find_fastest(const Plan& plan, const GemmArgs& args, cudaStream_t stream);
   cublasStatus_t call(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const GemmArgs& args,
-                      cudaStream_t stream) const;
+                      cudaStream_t stream);
 
   const CublasLt& lt_;
+  AlgorithmCache& cache_;
+  const std::string device_;
   cublasLtHandle_t handle_ = nullptr;
-  void* workspace_;
+  DeviceScratch workspace_;
   bool searches_ = false;
   std::map<Key, Plan> plans_;
 };

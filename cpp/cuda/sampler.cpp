@@ -41,7 +41,7 @@ Sampler::~Sampler() {
 }
 
 void Sampler::start(const float* logits, uint32_t vocab, std::span<const SampleRow> rows, uint32_t* last_tokens,
-                    Tables& tables, cudaStream_t stream) {
+                    PinnedRing& ring, cudaStream_t stream) {
   std::vector<SampleTask> tasks;
   std::vector<Adjustment> changes;
   for (const SampleRow& row : rows) {
@@ -61,10 +61,10 @@ void Sampler::start(const float* logits, uint32_t vocab, std::span<const SampleR
                      .end_adjustment = static_cast<uint32_t>(changes.size() + own.size())});
     changes.insert(changes.end(), own.begin(), own.end());
   }
-  launch(const_cast<float*>(logits), vocab, tasks, changes, last_tokens, tables, stream);
+  launch(const_cast<float*>(logits), vocab, std::move(tasks), changes, last_tokens, ring, stream);
 }
 
-void Sampler::start(const float* logits, uint32_t vocab, std::span<const ScoreRow> rows, Tables& tables,
+void Sampler::start(const float* logits, uint32_t vocab, std::span<const ScoreRow> rows, PinnedRing& ring,
                     cudaStream_t stream) {
   std::vector<SampleTask> tasks;
   for (const ScoreRow& row : rows)
@@ -80,11 +80,29 @@ void Sampler::start(const float* logits, uint32_t vocab, std::span<const ScoreRo
                      .top = std::min(row.top_logprobs, vocab),
                      .first_adjustment = 0,
                      .end_adjustment = 0});
-  launch(const_cast<float*>(logits), vocab, tasks, {}, nullptr, tables, stream);
+  launch(const_cast<float*>(logits), vocab, std::move(tasks), {}, nullptr, ring, stream);
 }
 
-void Sampler::launch(float* logits, uint32_t vocab, const std::vector<SampleTask>& tasks,
-                     const std::vector<Adjustment>& changes, uint32_t* last_tokens, Tables& tables,
+size_t Sampler::reserved_bytes(uint32_t rows, uint32_t vocab) {
+  const size_t row = sizeof(SampleTask) + kSurveyParts * sizeof(Survey) + sizeof(SampleResult);
+  return rows * (row + kReservedTop * sizeof(TopEntry)) + vocab * (sizeof(Adjustment) + sizeof(float));
+}
+
+void Sampler::reserve(uint32_t rows, uint32_t vocab) {
+  tasks_.get<SampleTask>(rows);
+  changes_.get<Adjustment>(vocab);
+  saved_.get<float>(vocab);
+  surveys_.get<Survey>(size_t{rows} * kSurveyParts);
+  results_.get<SampleResult>(rows);
+  tops_.get<TopEntry>(size_t{rows} * kReservedTop);
+  for (Lane& lane : lanes_) {
+    lane.results.get<SampleResult>(rows);
+    lane.tops.get<TopEntry>(size_t{rows} * kReservedTop);
+  }
+}
+
+void Sampler::launch(float* logits, uint32_t vocab, std::vector<SampleTask> tasks,
+                     const std::vector<Adjustment>& changes, uint32_t* last_tokens, PinnedRing& ring,
                      cudaStream_t stream) {
   if (unfinished_.size() == kLanes) throw Error::device("too many steps are under way");
   Lane& lane = lanes_[turn_++ % kLanes];
@@ -97,25 +115,51 @@ void Sampler::launch(float* logits, uint32_t vocab, const std::vector<SampleTask
   }
   const size_t count = tasks.size(), tops = count * lane.max_top;
   if (count > 0) {
-    SampleTask* device_tasks = lane.tasks.get<SampleTask>(count);
-    Adjustment* device_changes = lane.changes.get<Adjustment>(changes.size());
-    SampleResult* results = lane.results.get<SampleResult>(count);
-    TopEntry* device_tops = lane.tops.get<TopEntry>(tops);
-    // A row may report fewer than max_top; all are copied.
-    if (tops > 0) GEMMA_CUDA_CHECK(cudaMemsetAsync(device_tops, 0, tops * sizeof(TopEntry), stream));
-    tables.upload(device_tasks, tasks.data(), count * sizeof(SampleTask), stream);
-    if (!changes.empty()) tables.upload(device_changes, changes.data(), changes.size() * sizeof(Adjustment), stream);
-    cuda::sample(logits, vocab, device_tasks, static_cast<uint32_t>(count), device_changes,
-                 lane.saved.get<float>(changes.size()), lane.surveys.get<Survey>(count * kSurveyParts), results,
-                 device_tops, lane.max_top, last_tokens, stream);
-    GEMMA_CUDA_CHECK(cudaMemcpyAsync(lane.host_results.get<SampleResult>(count), results, count * sizeof(SampleResult),
-                                     cudaMemcpyDeviceToHost, stream));
+    run(logits, vocab, tasks, changes, lane.max_top, last_tokens, ring, stream);
+    GEMMA_CUDA_CHECK(cudaMemcpyAsync(lane.results.get<SampleResult>(count), results_.get<SampleResult>(count),
+                                     count * sizeof(SampleResult), cudaMemcpyDeviceToHost, stream));
     if (tops > 0)
-      GEMMA_CUDA_CHECK(cudaMemcpyAsync(lane.host_tops.get<TopEntry>(tops), device_tops, tops * sizeof(TopEntry),
-                                       cudaMemcpyDeviceToHost, stream));
+      GEMMA_CUDA_CHECK(cudaMemcpyAsync(lane.tops.get<TopEntry>(tops), tops_.get<TopEntry>(tops),
+                                       tops * sizeof(TopEntry), cudaMemcpyDeviceToHost, stream));
   }
   GEMMA_CUDA_CHECK(cudaEventRecord(lane.done, stream));
   unfinished_.push_back(&lane);
+}
+
+// There is room for one adjustment a token of the vocabulary, the most that one row can have. Where the rows together
+// have more, they go in groups.
+void Sampler::run(float* logits, uint32_t vocab, std::vector<SampleTask>& tasks, const std::vector<Adjustment>& changes,
+                  uint32_t max_top, uint32_t* last_tokens, PinnedRing& ring, cudaStream_t stream) {
+  struct Group {
+    size_t begin, end;
+    uint32_t first_change, end_change;
+  };
+  std::vector<Group> groups;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    SampleTask& task = tasks[i];
+    if (groups.empty() || task.end_adjustment - groups.back().first_change > vocab)
+      groups.push_back({i, i, task.first_adjustment, task.first_adjustment});
+    Group& group = groups.back();
+    group.end = i + 1;
+    group.end_change = task.end_adjustment;
+    task.first_adjustment -= group.first_change;
+    task.end_adjustment -= group.first_change;
+  }
+  const size_t count = tasks.size(), tops = count * max_top;
+  SampleTask* device_tasks = tasks_.get<SampleTask>(count);
+  TopEntry* device_tops = tops_.get<TopEntry>(tops);
+  // A row may report fewer than max_top; all are copied.
+  if (tops > 0) GEMMA_CUDA_CHECK(cudaMemsetAsync(device_tops, 0, tops * sizeof(TopEntry), stream));
+  ring.upload(device_tasks, tasks.data(), count * sizeof(SampleTask), stream);
+  for (const Group& group : groups) {
+    Adjustment* adjustments = changes_.get<Adjustment>(vocab);
+    if (const size_t size = group.end_change - group.first_change; size > 0)
+      ring.upload(adjustments, changes.data() + group.first_change, size * sizeof(Adjustment), stream);
+    cuda::sample(logits, vocab, device_tasks + group.begin, static_cast<uint32_t>(group.end - group.begin), adjustments,
+                 saved_.get<float>(vocab), surveys_.get<Survey>(count * kSurveyParts),
+                 results_.get<SampleResult>(count) + group.begin, device_tops + group.begin * max_top, max_top,
+                 last_tokens, stream);
+  }
 }
 
 std::vector<ScoredToken> Sampler::finish_oldest() {
@@ -136,8 +180,8 @@ std::vector<ScoredToken> Sampler::finish(Lane& lane) {
   std::vector<ScoredToken> out;
   const size_t count = lane.top.size();
   if (count == 0) return out;
-  const SampleResult* results = lane.host_results.get<SampleResult>(count);
-  TopEntry* tops = lane.host_tops.get<TopEntry>(count * lane.max_top);
+  const SampleResult* results = lane.results.get<SampleResult>(count);
+  TopEntry* tops = lane.tops.get<TopEntry>(count * lane.max_top);
   for (size_t i = 0; i < count; ++i) {
     const SampleResult& result = results[i];
     if (!result.finite)

@@ -152,6 +152,14 @@ struct ScoreRow {
   uint32_t top_logprobs;
 };
 
+// What an engine will ask of the operations at most.
+struct WorkLimits {
+  uint32_t head_dim = 0;    // of the widest head
+  uint32_t group = 0;       // query heads that share a K/V head
+  uint32_t logit_rows = 0;  // sampled or scored in one call
+  uint32_t vocab = 0;
+};
+
 // Operations recorded once, to be run again on whatever their arguments point to then.
 class Graph {
  public:
@@ -164,8 +172,11 @@ class Backend {
   virtual ~Backend() = default;
   // One line for a person: kind, instruction set or GPU, threads.
   virtual std::string name() const = 0;
-  // Bytes that can be allocated; unknown where it is the machine's own memory.
+  // Bytes that can be allocated, where that is known.
   virtual std::optional<uint64_t> free_memory() const = 0;
+  // Bytes the operations need for themselves within the limits; reserve() takes them, so that no operation has to.
+  virtual uint64_t workspace_bytes(const WorkLimits& limits) const = 0;
+  virtual void reserve(const WorkLimits& limits) = 0;
 
   virtual void* allocate(size_t bytes) = 0;  // aligned for any operation; throws Error::device with the numbers
   virtual void release(void* memory) noexcept = 0;

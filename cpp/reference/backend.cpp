@@ -3,10 +3,13 @@
 #include "ops/backend.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <fstream>
 #include <new>
+#include <string>
 
 #include "core/error.h"
 #include "ops/convert.h"
@@ -14,7 +17,7 @@
 #include "reference/backend.h"
 #include "reference/kernels.h"
 #include "reference/sampler.h"
-#include "reference/thread_pool.h"
+#include "support/thread_pool.h"
 
 namespace gemma_cuda {
 namespace reference {
@@ -35,6 +38,16 @@ void convert_from(DType type, void* to, const void* from, size_t begin, size_t e
   }
 }
 
+// Bytes that can be taken without swapping, as Linux reckons.
+std::optional<uint64_t> available_memory() {
+  std::ifstream file("/proc/meminfo");
+  for (std::string line; std::getline(file, line);) {
+    unsigned long long kib = 0;
+    if (std::sscanf(line.c_str(), "MemAvailable: %llu kB", &kib) == 1) return uint64_t{kib} * 1024;
+  }
+  return std::nullopt;
+}
+
 class ReferenceBackend final : public Backend {
  public:
   ReferenceBackend(uint32_t threads, const Kernels& kernels, DType act)
@@ -45,7 +58,10 @@ class ReferenceBackend final : public Backend {
            (pool_.threads() == 1 ? " thread)" : " threads)");
   }
 
-  std::optional<uint64_t> free_memory() const override { return std::nullopt; }
+  std::optional<uint64_t> free_memory() const override { return available_memory(); }
+  // Its few rows of scratch are not worth counting.
+  uint64_t workspace_bytes(const WorkLimits&) const override { return 0; }
+  void reserve(const WorkLimits&) override {}
 
   void* allocate(size_t bytes) override {
     void* memory =

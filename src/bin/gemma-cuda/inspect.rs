@@ -80,6 +80,7 @@ struct Memory {
     kv_cache_tokens: u64,
     activations: u64,
     logits: u64,
+    workspace: u64,
     total: u64,
 }
 
@@ -127,7 +128,8 @@ fn summarize(checkpoint: &Checkpoint, options: &EngineOptions, budget: &MemoryBu
             kv_cache_tokens: u64::from(options.pages) * u64::from(options.page_size),
             activations: budget.activations,
             logits: budget.logits,
-            total: budget.weights + budget.kv_cache + budget.activations + budget.logits,
+            workspace: budget.workspace,
+            total: budget.total,
         },
         finite: checked.then_some(true),
     }
@@ -203,13 +205,14 @@ fn table(s: &Summary) -> Result<String> {
     let m = &s.memory;
     writeln!(
         out,
-        "memory       {}: weights {}, KV cache {} ({} tokens), activations {}, logits {}",
+        "memory       {}: weights {}, KV cache {} ({} tokens), activations {}, logits {}, workspace {}",
         size(m.total),
         size(m.weights),
         size(m.kv_cache),
         m.kv_cache_tokens,
         size(m.activations),
         size(m.logits),
+        size(m.workspace),
     )?;
     if s.finite == Some(true) {
         writeln!(out, "weights      all finite")?;

@@ -85,6 +85,33 @@ class Suite {
     CHECK(error < limit);
   }
 
+  // Bytes and converted numbers of sizes around and far beyond a piece of pinned memory arrive as they should.
+  void upload() {
+    const size_t piece = size_t{2} << 20;
+    for (size_t bytes : {size_t{1}, size_t{3}, piece / 4 + 1, piece - 1, piece, piece + 1, 40 * piece + 7}) {
+      vector<uint8_t> from(bytes);
+      for (size_t i = 0; i < bytes; ++i) from[i] = static_cast<uint8_t>(i * 40503 >> 7 ^ i);
+      const Both<uint8_t> data = both(std::move(from));
+      CHECK(download(data) == data.host);
+    }
+    for (size_t count : {size_t{1}, piece / 4 + 1, 5 * piece + 3}) {
+      vector<float> wide(count);
+      vector<bf16> narrow(count);
+      for (size_t i = 0; i < count; ++i) {
+        wide[i] = static_cast<float>(i * 40503 % 1000003) * 0.37f - 1e5f;
+        narrow[i] = to_bf16(wide[i]);
+      }
+      Both<bf16> to_narrow = both(vector<bf16>(count));
+      gpu_->upload_as(to_narrow.gpu(), DType::bf16, wide.data(), DType::f32, count);
+      CHECK(std::memcmp(download(to_narrow).data(), narrow.data(), count * sizeof(bf16)) == 0);
+      Both<float> to_wide = both(vector<float>(count));
+      gpu_->upload_as(to_wide.gpu(), DType::f32, narrow.data(), DType::bf16, count);
+      const vector<float> widened = download(to_wide);
+      for (size_t i = 0; i < count; ++i) CHECK(widened[i] == to_float(narrow[i]));
+    }
+    std::printf("upload\n");
+  }
+
   void embed(const Model& m) {
     auto table = random(size_t{64} * m.hidden);
     auto ids = both(vector<uint32_t>{0, 63, 5, kPendingToken + 1, 17}), last = both(vector<uint32_t>{3, 33});
@@ -280,9 +307,10 @@ class Suite {
       c.seed = test::below(1u << 30) * uint64_t{1000003};
       c.top_logprobs = r % 4 * 3;
       if (r % 2) c.repetition_penalty = 1.3f, c.presence_penalty = 0.5f, c.frequency_penalty = 0.25f;
-      if (r % 7 == 3) c.logit_bias = {{3, 5.0f}, {7, -100.0f}}, c.stop_tokens = {1, 7}, c.min_new_tokens = 50;
+      if (r % 7 == 3) c.logit_bias = {{3, 5.0f}, {7, -100.0f}}, c.stop_tokens = {1, 7}, c.min_new_tokens = 500;
       vector<uint32_t>& seen = tokens.emplace_back();
-      for (uint32_t i = 0; i < 30; ++i) seen.push_back(test::below(i % 2 ? 10 : vocab));
+      // Long enough that the penalties of all rows together touch more tokens than the smaller vocabulary has.
+      for (uint32_t i = 0; i < 200; ++i) seen.push_back(test::below(i % 2 ? 10 : vocab));
     }
     vector<SampleRow> asked;
     for (uint32_t r = 0; r < rows; ++r) asked.push_back({r, rows - 1 - r, &configs[r], tokens[r], 10});
@@ -362,6 +390,7 @@ int main(int argc, char** argv) {
   const std::string only = argc > 1 ? argv[1] : "";  // one model's name: what a sanitizer has time for
   for (const Model& model : kModels)
     if (only.empty() || only == model.name) suite.model(model);
+  if (only.empty()) suite.upload();
   suite.soft_cap();
   for (uint32_t vocab : {509u, 262144u})
     if (only.empty() || vocab < 1000) suite.sample(vocab);

@@ -1,4 +1,4 @@
-#include "reference/thread_pool.h"
+#include "support/thread_pool.h"
 
 namespace gemma_cuda {
 namespace {
