@@ -2,7 +2,8 @@
 
 use crate::checkpoint::Checkpoint;
 use crate::engine::{
-    DType, Engine, EngineOptions, ItemOutput, MemoryBudget, ModelSpec, SamplingConfig, StepItem, memory_budget,
+    DType, Engine, EngineOptions, EngineStatistics, ItemOutput, MemoryBudget, ModelSpec, SamplingConfig, StepItem,
+    memory_budget,
 };
 use crate::generate::{Core, Limits};
 use crate::{Error, LoadOptions, Result, memory};
@@ -125,5 +126,13 @@ impl Core for Engine {
 
     fn runs_ahead(&self) -> bool {
         Engine::runs_ahead(self)
+    }
+
+    fn statistics(&self) -> EngineStatistics {
+        Engine::statistics(self)
+    }
+
+    fn copy_bandwidth(&mut self) -> Result<f64> {
+        Engine::copy_bandwidth(self)
     }
 }

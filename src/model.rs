@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::checkpoint::{ChatTemplate, Checkpoint, GenerationConfig, Tokenizer};
-use crate::engine::{ModelSpec, SamplingConfig};
+use crate::engine::{EngineStatistics, ModelSpec, SamplingConfig};
 use crate::generate::{
     DEFAULT_MAX_NEW_TOKENS, Generation, Limits, Plan, Prompt, Request, Scheduler, TextStream, Token, Usage, Worker,
 };
@@ -209,6 +209,23 @@ impl Gemma {
     /// [`Error::Engine`] if the worker has failed.
     pub fn usage(&self) -> Result<Usage> {
         self.shared.worker.usage()
+    }
+
+    /// What the engine has done since the model was loaded, between two steps.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] if the worker has failed.
+    pub fn statistics(&self) -> Result<EngineStatistics> {
+        self.shared.worker.statistics()
+    }
+
+    /// Bytes read and written in a second by a copy within the device's memory, measured now: the ceiling of whatever
+    /// is bound by memory. Requests wait meanwhile, some tenths of a second.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if too little memory is free, [`Error::Engine`] if the worker has failed.
+    pub fn copy_bandwidth(&self) -> Result<f64> {
+        self.shared.worker.copy_bandwidth()
     }
 
     fn plan(&self, request: Request) -> Result<Plan> {

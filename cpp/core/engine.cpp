@@ -5,6 +5,7 @@
 #include <optional>
 #include <unordered_set>
 
+#include "core/cost.h"
 #include "core/device.h"
 #include "core/error.h"
 #include "core/forward.h"
@@ -89,6 +90,7 @@ struct Engine::State {
         backend(device.backend.get()),
         weights(*backend, spec, options.weights),
         forward(*backend, spec, weights, limits(options)),
+        cost(spec, options.weights, options.compute),
         pages(options.pages, options.page_size, options.prefix_cache),
         sequences(options.max_sequences),
         last_tokens(*backend, options.max_sequences * sizeof(uint32_t)) {}
@@ -112,6 +114,15 @@ struct Engine::State {
     return static_cast<uint32_t>((uint64_t{sequence.cached} + tokens + size - 1) / size - sequence.pages.size());
   }
 
+  void count(const BatchPlan& plan, bool captured) {
+    const PassCost pass = cost.of(plan);
+    ++statistics.steps;
+    statistics.captured_steps += captured;
+    statistics.tokens += plan.cu_seqlens.back();
+    statistics.bytes_read += pass.bytes;
+    statistics.flops += pass.flops;
+  }
+
   // Pages taken for a step that failed.
   void give_back_unused(Sequence& sequence) {
     const uint32_t used = (sequence.cached + pages.page_size() - 1) / pages.page_size();
@@ -125,6 +136,8 @@ struct Engine::State {
   Backend* backend;
   Weights weights;
   Forward forward;
+  CostModel cost;
+  EngineStatistics statistics;  // all but its memory
   PagePool pages;
   std::vector<std::optional<Sequence>> sequences;
   Buffer last_tokens;  // of each sequence's number, written by the sampler
@@ -260,6 +273,16 @@ std::vector<ItemOutput> Engine::step(std::span<const StepItem> items) {
 
 bool Engine::runs_ahead() const { return state_->backend->asynchronous(); }
 
+EngineStatistics Engine::statistics() const {
+  EngineStatistics statistics = state_->statistics;
+  const MemoryUse memory = state_->backend->memory();
+  statistics.memory = memory.now;
+  statistics.peak_memory = memory.peak;
+  return statistics;
+}
+
+double Engine::copy_bandwidth() { return state_->backend->copy_bandwidth(); }
+
 void Engine::launch(std::span<const StepItem> items) {
   State& s = *state_;
   require(s.ready, "finish_loading has not been called");
@@ -295,6 +318,7 @@ void Engine::launch(std::span<const StepItem> items) {
     std::vector<std::vector<float>> hidden;
     const float* logits = s.forward.run(plan, s.last_tokens.as<uint32_t>(), keep_hidden ? &hidden : nullptr);
     ask(step, plan, logits, hidden);
+    s.count(plan, !keep_hidden && s.forward.is_captured(plan));
   } catch (...) {
     for (const StepItem& item : items) s.give_back_unused(s.sequence(item.sequence));
     throw;

@@ -58,6 +58,16 @@ struct ItemOutput {
   std::vector<float> hidden;
 };
 
+// What an engine has done since it was made. The numbers of a stretch are the difference of two of these.
+struct EngineStatistics {
+  uint64_t steps = 0;
+  uint64_t captured_steps = 0;  // that were a captured graph
+  uint64_t tokens = 0;          // fed
+  uint64_t bytes_read = 0;      // that the steps had to read at least, and what they had to compute (core/cost.h)
+  uint64_t flops = 0;
+  uint64_t memory = 0, peak_memory = 0;  // bytes allocated on the device, and the most that were
+};
+
 struct SequenceState {
   uint32_t tokens = 0;  // known: prompt and generated
   uint32_t cached = 0;  // those whose keys and values are in the cache
@@ -101,6 +111,10 @@ class Engine {
   // Whether launching ahead gains anything: a device that is not asynchronous has computed when launch() returns.
   bool runs_ahead() const;
   static constexpr uint32_t kMaxAhead = 2;
+
+  EngineStatistics statistics() const;
+  // Bytes read and written in a second by a copy within the device's memory, measured now, beside what is allocated.
+  double copy_bandwidth();
 
  private:
   struct Launched;

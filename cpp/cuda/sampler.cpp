@@ -131,6 +131,15 @@ std::vector<ScoredToken> Sampler::finish_newest() {
   return finish(lane);
 }
 
+size_t Sampler::device_bytes() const {
+  size_t bytes = 0;
+  for (const Lane& lane : lanes_)
+    for (const DeviceScratch* part :
+         {&lane.tasks, &lane.changes, &lane.saved, &lane.surveys, &lane.results, &lane.tops})
+      bytes += part->bytes();
+  return bytes;
+}
+
 std::vector<ScoredToken> Sampler::finish(Lane& lane) {
   GEMMA_CUDA_CHECK(cudaEventSynchronize(lane.done));
   std::vector<ScoredToken> out;

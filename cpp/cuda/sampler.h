@@ -30,6 +30,8 @@ class Sampler {
   std::vector<ScoredToken> finish_oldest();
   std::vector<ScoredToken> finish_newest();
 
+  size_t device_bytes() const;
+
  private:
   static constexpr size_t kLanes = 4;
 

@@ -40,6 +40,12 @@ class Staging {
     }
   }
 
+  size_t device_bytes() const {
+    size_t bytes = 0;
+    for (const Lane& lane : lanes_) bytes += lane.device.bytes();
+    return bytes;
+  }
+
  private:
   static constexpr size_t kPieceBytes = size_t{8} << 20;
   static constexpr int kLanes = 3;

@@ -6,6 +6,7 @@
 // before it is done; download() waits.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -148,6 +149,14 @@ class Graph {
   virtual void launch() = 0;
 };
 
+// Bytes a backend has taken from its device, and the most it has had.
+struct MemoryUse {
+  uint64_t now = 0, peak = 0;
+
+  void take(uint64_t bytes) { peak = std::max(peak, now += bytes); }
+  void give_back(uint64_t bytes) { now -= bytes; }
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -155,9 +164,14 @@ class Backend {
   virtual std::string name() const = 0;
   // Bytes that can be allocated; unknown where it is the machine's own memory.
   virtual std::optional<uint64_t> free_memory() const = 0;
+  // What it has taken itself, for buffers and for the operations' own use. A driver takes some more.
+  virtual MemoryUse memory() const = 0;
+  // Bytes read and written in a second by a copy within the device's memory, measured now: what bounds everything that
+  // is bound by memory. Takes up to 2 GiB while it runs, not counted in memory().
+  virtual double copy_bandwidth() = 0;
 
   virtual void* allocate(size_t bytes) = 0;  // aligned for any operation; throws Error::device with the numbers
-  virtual void release(void* memory) noexcept = 0;
+  virtual void release(void* memory, size_t bytes) noexcept = 0;  // as many as were allocated
   virtual void upload(void* to, const void* host, size_t bytes) = 0;
   virtual void download(void* host, const void* from, size_t bytes) = 0;
   // Uploads `count` elements, converted (to nearest even where it narrows).
@@ -195,16 +209,19 @@ class Backend {
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(Backend& backend, size_t bytes) : backend_(&backend), data_(backend.allocate(bytes)) {}
+  Buffer(Backend& backend, size_t bytes) : backend_(&backend), data_(backend.allocate(bytes)), bytes_(bytes) {}
   Buffer(Buffer&& other) noexcept
-      : backend_(std::exchange(other.backend_, nullptr)), data_(std::exchange(other.data_, nullptr)) {}
+      : backend_(std::exchange(other.backend_, nullptr)),
+        data_(std::exchange(other.data_, nullptr)),
+        bytes_(std::exchange(other.bytes_, 0)) {}
   Buffer& operator=(Buffer&& other) noexcept {
     std::swap(backend_, other.backend_);
     std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
     return *this;
   }
   ~Buffer() {
-    if (backend_ != nullptr) backend_->release(data_);
+    if (backend_ != nullptr) backend_->release(data_, bytes_);
   }
 
   void* data() const { return data_; }
@@ -216,6 +233,7 @@ class Buffer {
  private:
   Backend* backend_ = nullptr;
   void* data_ = nullptr;
+  size_t bytes_ = 0;
 };
 
 // The plain C++ backend, with activations of type `act`. `threads` 0: all cores this process may use.

@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 
 use super::completion::FinishReason;
 use super::job::Job;
-use crate::engine::{ItemOutput, SamplingConfig, StepItem};
+use crate::engine::{EngineStatistics, ItemOutput, SamplingConfig, StepItem};
 use crate::{Error, Result};
 
 /// What the scheduler needs of an engine; the contract is that of [`crate::bridge`].
@@ -36,6 +36,8 @@ pub(crate) trait Core {
     fn collect(&mut self) -> Result<Vec<ItemOutput>>;
     /// Whether a second step may be launched before the first is collected, and should be.
     fn runs_ahead(&self) -> bool;
+    fn statistics(&self) -> EngineStatistics;
+    fn copy_bandwidth(&mut self) -> Result<f64>;
 }
 
 /// What the engine was built with.
@@ -154,6 +156,10 @@ impl<E: Core> Scheduler<E> {
             free_pages: self.engine.free_pages(),
             pages: self.limits.pages,
         }
+    }
+
+    pub fn engine(&mut self) -> &mut E {
+        &mut self.engine
     }
 
     /// Launches a step and collects one. Unless the scheduler is idle, at least one job moves on or ends, or a step is on

@@ -322,6 +322,38 @@ void launching_ahead_changes_nothing() {
   CHECK(engine->free_pages() == options.pages);
 }
 
+void steps_tokens_and_memory_are_counted() {
+  const ModelSpec spec = random_model(1);
+  EngineOptions options;
+  options.compute = options.weights = DType::f32;
+  const auto engine = make_engine(spec, random_parameters(spec), options);
+  const EngineStatistics fresh = engine->statistics();
+  CHECK(fresh.steps == 0 && fresh.tokens == 0 && fresh.bytes_read == 0 && fresh.flops == 0);
+  const MemoryBudget budget = memory_budget(spec, options);
+  const uint64_t planned = budget.weights + budget.kv_cache + budget.activations + budget.logits;
+  CHECK(fresh.memory >= planned && fresh.memory < planned + 4096 && fresh.peak_memory == fresh.memory);
+
+  const uint32_t id = engine->add_sequence(random_tokens(spec, 9), 9, {}, false);
+  const StepItem first{id, 6}, second{id, 3, true};
+  engine->step({&first, 1});
+  const EngineStatistics half = engine->statistics();
+  engine->step({&second, 1});
+  const EngineStatistics all = engine->statistics();
+  CHECK(half.steps == 1 && half.tokens == 6 && all.steps == 2 && all.tokens == 9 && all.captured_steps == 0);
+  CHECK(half.flops % 6 == 0);
+  const uint64_t head = uint64_t{spec.vocab_size} * spec.hidden_size;
+  CHECK(all.flops - half.flops == half.flops / 2 + 2 * head);
+  CHECK(all.bytes_read - half.bytes_read > half.bytes_read + head * sizeof(float));
+  test::check_throws("no token", [&] {
+    const StepItem none{id, 0};
+    engine->step({&none, 1});
+  });
+  CHECK(engine->statistics().steps == 2);
+
+  CHECK(engine->copy_bandwidth() > 1e8);
+  CHECK(engine->statistics().memory == fresh.memory && engine->statistics().peak_memory == fresh.memory);
+}
+
 void bad_models_and_options_are_refused() {
   auto refused = [](const std::string& text, auto change) {
     ModelSpec spec = random_model(3);
@@ -350,5 +382,6 @@ int main() {
   bad_calls_are_refused_and_change_nothing();
   a_failed_step_gives_its_pages_back();
   launching_ahead_changes_nothing();
+  steps_tokens_and_memory_are_counted();
   bad_models_and_options_are_refused();
 }
