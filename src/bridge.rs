@@ -84,6 +84,10 @@ pub(crate) mod ffi {
         graphs: bool,
         /// Keep the pages of finished sequences and reuse them for prompts that start alike.
         prefix_cache: bool,
+        /// For comparison only: steps are computed as without a ragged layout. Every sequence is filled up to the one with
+        /// the most new tokens, and one that was removed keeps its rows until all are. Same tokens, more work; attention
+        /// alone leaves the filling out. It counts in `max_batch_tokens`.
+        padded: bool,
     }
 
     /// One tensor a checkpoint must hold.

@@ -27,6 +27,7 @@ impl Default for EngineOptions {
             threads: 0,
             graphs: true,
             prefix_cache: true,
+            padded: false,
         }
     }
 }

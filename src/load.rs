@@ -26,11 +26,13 @@ pub(crate) struct Loaded {
 
 impl Loaded {
     pub fn limits(&self) -> Limits {
+        let EngineOptions { max_batch_tokens, max_sequences, padded, .. } = self.options;
         Limits {
             page_size: self.options.page_size as usize,
             pages: self.options.pages as usize,
-            max_batch_tokens: self.options.max_batch_tokens as usize,
-            max_sequences: self.options.max_sequences as usize,
+            max_batch_tokens: max_batch_tokens as usize,
+            max_chunk: (if padded { max_batch_tokens / max_sequences } else { max_batch_tokens }) as usize,
+            max_sequences: max_sequences as usize,
             max_logit_rows: self.options.max_logit_rows as usize,
         }
     }

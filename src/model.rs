@@ -115,6 +115,16 @@ impl Gemma {
         self.shared.worker.submit(self.plan(request)?)
     }
 
+    /// Starts several generations that enter the batch together, as far as there is room: which of them share a step does
+    /// not depend on when the caller got to start each.
+    ///
+    /// # Errors
+    /// Those of [`Gemma::generate`]; if one request is refused, none is started.
+    pub fn generate_all(&self, requests: impl IntoIterator<Item = Request>) -> Result<Vec<Generation>> {
+        let plans = requests.into_iter().map(|request| self.plan(request)).collect::<Result<_>>()?;
+        self.shared.worker.submit_all(plans)
+    }
+
     /// The log-probability of every token but the first, each given all before it: entry `i` is that of `tokens[i + 1]`.
     ///
     /// # Errors

@@ -66,6 +66,7 @@ gemma_cuda::EngineOptions from_rust(const EngineOptions& options) {
       .threads = options.threads,
       .graphs = options.graphs,
       .prefix_cache = options.prefix_cache,
+      .padded = options.padded,
   };
 }
 

@@ -142,6 +142,7 @@ struct Engine::State {
   std::vector<std::optional<Sequence>> sequences;
   Buffer last_tokens;  // of each sequence's number, written by the sampler
   std::deque<Launched> launched;
+  uint32_t batch = 0;  // most sequences in a step since there was none; only where steps are padded
   uint64_t serials = 0;
   bool ready = false;
 };
@@ -217,6 +218,7 @@ void Engine::append_tokens(uint32_t id, std::span<const uint32_t> tokens) {
 void Engine::remove_sequence(uint32_t id) {
   state_->pages.release(state_->sequence(id).pages);
   state_->sequences[id].reset();
+  if (std::ranges::none_of(state_->sequences, &std::optional<Sequence>::has_value)) state_->batch = 0;
 }
 
 SequenceState Engine::sequence_state(uint32_t id) const {
@@ -288,17 +290,22 @@ void Engine::launch(std::span<const StepItem> items) {
   require(s.ready, "finish_loading has not been called");
   require(!items.empty(), "a step needs at least one sequence");
   require(s.launched.size() < kMaxAhead, number(kMaxAhead) + " steps are launched and not collected already");
-  uint64_t tokens = 0, rows = 0, new_pages = 0;
+  uint64_t tokens = 0, rows = 0, new_pages = 0, longest = 0;
   std::unordered_set<uint32_t> seen;
   for (const StepItem& item : items) {
     const Sequence& sequence = s.sequence(item.sequence);
     require(seen.insert(item.sequence).second, "sequence " + number(item.sequence) + " is twice in the step");
     validate_item(item, sequence, s.spec);
     tokens += item.tokens;
+    longest = std::max<uint64_t>(longest, item.tokens);
     rows += logit_rows(item);
     new_pages += s.new_pages(sequence, item.tokens);
   }
   require_within("tokens", tokens, s.options.max_batch_tokens);
+  const uint32_t batch = s.options.padded ? std::max(s.batch, static_cast<uint32_t>(items.size())) : 0;
+  require(batch * longest <= s.options.max_batch_tokens, "the padded step has " + number(batch) + " sequences of " +
+                                                             number(longest) + " tokens, the engine was built for " +
+                                                             number(s.options.max_batch_tokens) + " tokens in all");
   require_within("rows of logits", rows, s.options.max_logit_rows);
   if (new_pages > s.pages.free())
     throw Error::out_of_pages("the step needs " + number(new_pages) + " pages of the KV cache, " +
@@ -313,7 +320,8 @@ void Engine::launch(std::span<const StepItem> items) {
     step.items.push_back({item, sequence.serial, sequence.cached + item.tokens});
   }
   try {
-    const BatchPlan plan = make_plan(plan_items, s.pages.page_size());
+    BatchPlan plan = make_plan(plan_items, s.pages.page_size());
+    if (s.options.padded) plan = pad(plan, batch);
     const bool keep_hidden = std::ranges::any_of(items, &StepItem::hidden);
     std::vector<std::vector<float>> hidden;
     const float* logits = s.forward.run(plan, s.last_tokens.as<uint32_t>(), keep_hidden ? &hidden : nullptr);
@@ -324,6 +332,7 @@ void Engine::launch(std::span<const StepItem> items) {
     throw;
   }
   advance(step);
+  s.batch = batch;
   s.launched.push_back(std::move(step));
 }
 

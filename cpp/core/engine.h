@@ -30,6 +30,9 @@ struct EngineOptions {
   uint32_t threads = 0;             // of the reference backend; 0: all cores
   bool graphs = true;               // capture decode steps, where the device can
   bool prefix_cache = true;         // keep pages of finished sequences for prompts that start alike
+  // For comparison only: steps are computed as without a ragged layout. Every sequence is filled up to the one with the
+  // most new tokens, and one that was removed keeps its rows until all are. The filling counts in max_batch_tokens.
+  bool padded = false;
 };
 
 struct BatchPlan;

@@ -31,6 +31,15 @@ BatchPlan make_plan(std::span<const PlanItem> items, uint32_t page_size) {
   return plan;
 }
 
+BatchPlan pad(const BatchPlan& plan, uint32_t sequences) {
+  BatchPlan padded = plan;
+  const size_t rows = size_t{sequences} * plan.max_new;
+  padded.ids.resize(rows, 0);
+  padded.positions.resize(rows, 0);
+  padded.slots.resize(rows, kNoSlot);
+  return padded;
+}
+
 BatchPlan fill_up(const BatchPlan& plan, uint32_t sequences, uint32_t max_pages) {
   BatchPlan full = plan;
   full.max_pages = max_pages;

@@ -49,6 +49,10 @@ constexpr uint32_t decode_bucket(uint32_t sequences) {
   return (sequences + step - 1) / step * step;
 }
 
+// The plan as a batch without a ragged layout has it: `sequences` times max_new rows. Those that are nobody's come
+// last, belong to no sequence, and see and write nothing, but everything that works row by row computes them.
+BatchPlan pad(const BatchPlan& plan, uint32_t sequences);
+
 // The plan of a decode pass with rows that see and write nothing, up to `sequences`, and `max_pages` pages a row.
 BatchPlan fill_up(const BatchPlan& plan, uint32_t sequences, uint32_t max_pages);
 

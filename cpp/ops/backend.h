@@ -74,7 +74,7 @@ struct KvLayer {
   uint32_t page_size, kv_heads, head_dim;
 };
 
-// The slot of a row that only fills up a captured batch.
+// The slot of a row that only fills up a captured or padded batch.
 constexpr uint32_t kNoSlot = ~0u;
 
 // Splits qkv, norms q and k where the model does, rotates both (halves, angles in float32), writes q out and k, v
@@ -95,7 +95,7 @@ struct RopeArgs {
 
 // softmax(cap(scale q k^T)) v over the cached tokens a query may see: those at or before its position, and with a
 // window only the last `window` of them. The new tokens of sequence i are rows cu_seqlens[i]..cu_seqlens[i+1], the
-// last one at position kv_len[i] - 1.
+// last one at position kv_len[i] - 1. Rows from cu_seqlens[s] on fill up a padded batch: no attention is due for them.
 struct AttentionArgs {
   const void* q;  // [t, heads head_dim] act
   KvLayer cache;

@@ -61,6 +61,7 @@ impl FakeEngine {
         for item in items {
             let sequence = &self.sequences[&item.sequence];
             let end = sequence.cached + item.tokens as usize;
+            assert!(item.tokens as usize <= self.limits.max_chunk);
             assert!(item.tokens > 0 && end <= sequence.tokens.len());
             assert!(!item.sample || end == sequence.tokens.len());
         }

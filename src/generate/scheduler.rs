@@ -47,6 +47,8 @@ pub(crate) struct Limits {
     pub pages: usize,
     /// At least `max_sequences`, so that a step has a token for everyone.
     pub max_batch_tokens: usize,
+    /// New tokens of one sequence in a step; at least 1.
+    pub max_chunk: usize,
     pub max_sequences: usize,
     /// At least `max_sequences`, so that a step has a row for everyone.
     pub max_logit_rows: usize,
@@ -347,7 +349,7 @@ impl<E: Core> Scheduler<E> {
     /// As many of the sequence's next tokens as the budget allows, which it reduces.
     fn plan_item(&self, running: &Running, budget: &mut Budget) -> Result<Option<StepItem>> {
         let Running { job, sequence, cached, .. } = running;
-        let mut tokens = (running.to_feed() - cached).min(budget.tokens);
+        let mut tokens = (running.to_feed() - cached).min(budget.tokens).min(self.limits.max_chunk);
         let score = match job.unscored() {
             Some(first) if *cached < first => {
                 tokens = tokens.min(first - cached); // scored before it had to give way

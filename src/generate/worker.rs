@@ -12,7 +12,7 @@ use crate::engine::EngineStatistics;
 use crate::{Error, Result};
 
 enum Command {
-    Run(Box<Job>),
+    Run(Vec<Job>),
     Report(Sender<Usage>),
     Statistics(Sender<EngineStatistics>),
     CopyBandwidth(Sender<Result<f64>>),
@@ -42,11 +42,22 @@ impl Worker {
     }
 
     pub fn submit(&self, plan: Plan) -> Result<Generation> {
+        let (job, generation) = self.job(plan);
+        self.send(Command::Run(vec![job]))?;
+        Ok(generation)
+    }
+
+    /// All enter the queue between the same two steps.
+    pub fn submit_all(&self, plans: Vec<Plan>) -> Result<Vec<Generation>> {
+        let (jobs, generations) = plans.into_iter().map(|plan| self.job(plan)).unzip();
+        self.send(Command::Run(jobs))?;
+        Ok(generations)
+    }
+
+    fn job(&self, plan: Plan) -> (Job, Generation) {
         let (events, inbox) = channel();
         let generation = Generation::new(inbox, self.ending.clone());
-        let job = Job::new(plan, events, generation.cancel_flag());
-        self.send(Command::Run(Box::new(job)))?;
-        Ok(generation)
+        (Job::new(plan, events, generation.cancel_flag()), generation)
     }
 
     pub fn usage(&self) -> Result<Usage> {
@@ -109,7 +120,7 @@ fn serve<E: Core>(scheduler: &mut Scheduler<E>, inbox: &Receiver<Command>) -> Re
         let command =
             if scheduler.is_idle() { inbox.recv().map_err(|_| TryRecvError::Disconnected) } else { inbox.try_recv() };
         match command {
-            Ok(Command::Run(job)) => scheduler.submit(*job),
+            Ok(Command::Run(jobs)) => jobs.into_iter().for_each(|job| scheduler.submit(job)),
             Ok(Command::Report(reply)) => answer(&reply, scheduler.usage()),
             Ok(Command::Statistics(reply)) => answer(&reply, scheduler.engine().statistics()),
             Ok(Command::CopyBandwidth(reply)) => answer(&reply, scheduler.engine().copy_bandwidth()),
@@ -138,7 +149,7 @@ mod tests {
     use crate::{FinishReason, SamplingParams};
 
     const LIMITS: Limits =
-        Limits { page_size: 4, pages: 4096, max_batch_tokens: 8, max_sequences: 4, max_logit_rows: 4 };
+        Limits { page_size: 4, pages: 4096, max_batch_tokens: 8, max_chunk: 8, max_sequences: 4, max_logit_rows: 4 };
 
     fn plan(max_new_tokens: usize) -> Plan {
         Plan {
