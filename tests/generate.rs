@@ -112,7 +112,7 @@ fn a_padded_batch_gives_the_same_tokens() {
             let (length, new) = (1 + numbers.below(40), 1 + numbers.below(40) as usize);
             let request = Request::new(numbers.tokens(length)).max_new_tokens(new).ignore_eos(true);
             let sampled = SamplingParams { temperature: Some(1.0), seed: Some(i), ..Default::default() };
-            if i % 3 == 0 { request.sampling(sampled) } else { request.sampling(SamplingParams::greedy()) }
+            if i.is_multiple_of(3) { request.sampling(sampled) } else { request.sampling(SamplingParams::greedy()) }
         };
         (0..14).map(request).collect::<Vec<_>>()
     };

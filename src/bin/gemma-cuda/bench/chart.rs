@@ -24,7 +24,7 @@ pub struct Bar {
 
 const WIDTH: u32 = 760;
 const LABELS: u32 = 180; // where bars begin
-const LONGEST: u32 = 380; // of a bar; the rest is for its value
+const LONGEST: u32 = 330; // of a bar; the rest is for its value
 const ROW: u32 = 30;
 const THICKNESS: u32 = 20;
 const HEAD: u32 = 56; // above the first panel
@@ -191,7 +191,7 @@ mod tests {
     fn bars_are_as_long_as_their_values() {
         let svg = chart().svg();
         let widths: Vec<&str> = svg.lines().filter(|line| line.starts_with("<rect")).collect();
-        assert!(widths[0].contains("width=\"380.0\"") && widths[1].contains("width=\"95.0\""), "{widths:?}");
+        assert!(widths[0].contains("width=\"330.0\"") && widths[1].contains("width=\"82.5\""), "{widths:?}");
         assert!(widths[2].contains("width=\"0.0\""));
     }
 

@@ -38,6 +38,7 @@ the device so far. The last column is a hash of all new tokens: equal tokens, eq
 
 --ladder runs the steps of NVIDIA's Transformer Engine tutorial on Gemma, each an engine of its own:
   padded           every prompt filled up to the longest of its batch, the next batch when the last of one has ended
+                   (everything but attention computes the filling)
   ragged           sequences end to end, nothing filled up; requests join and leave as they come and go
   ragged + graphs  decode steps captured as CUDA graphs as well
 and says how many requests got the same tokens as in the first row; for the others, how far apart the log-probabilities
