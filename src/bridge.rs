@@ -84,6 +84,10 @@ pub(crate) mod ffi {
         graphs: bool,
         /// Keep the pages of finished sequences and reuse them for prompts that start alike.
         prefix_cache: bool,
+        /// For comparison only: steps are computed as without a ragged layout. Every sequence is filled up to the one with
+        /// the most new tokens, and one that was removed keeps its rows until all are. Same tokens, more work; attention
+        /// alone leaves the filling out. It counts in `max_batch_tokens`.
+        padded: bool,
     }
 
     /// One tensor a checkpoint must hold.
@@ -190,6 +194,26 @@ pub(crate) mod ffi {
         cached: u32,
     }
 
+    /// What an engine has done since it was made.
+    #[derive(Clone, Copy, Debug, Default, PartialEq)]
+    struct EngineStatistics {
+        /// Forward passes.
+        steps: u64,
+        /// Those that replayed a captured graph.
+        captured_steps: u64,
+        /// Tokens fed, of prompts and generated.
+        tokens: u64,
+        /// Bytes the steps had to read at least: the layers' matrices once a step, the output embedding where there are
+        /// logits, and the cached keys and values that the step's tokens see.
+        bytes_read: u64,
+        /// Multiplications and additions of the steps' products with those matrices; attention's come on top.
+        flops: u64,
+        /// Bytes allocated on the device now; a driver takes some more for itself.
+        memory: u64,
+        /// The most there were.
+        peak_memory: u64,
+    }
+
     unsafe extern "C++" {
         include!("api/bridge.h");
 
@@ -235,6 +259,10 @@ pub(crate) mod ffi {
         /// The second half, of the oldest step that is on its way.
         fn collect(self: Pin<&mut Engine>) -> Result<Vec<ItemOutput>>;
         fn runs_ahead(self: &Engine) -> bool;
+
+        fn statistics(self: &Engine) -> EngineStatistics;
+        /// Bytes read and written in a second by a copy within the device's memory, measured now.
+        fn copy_bandwidth(self: Pin<&mut Engine>) -> Result<f64>;
     }
 }
 

@@ -9,8 +9,8 @@ use crate::error::Result;
 use crate::options::bytes_text;
 
 pub use crate::bridge::ffi::{
-    DType, EngineOptions, ItemOutput, LayerSpec, MemoryBudget, ModelSpec, SamplingConfig, ScoredToken, SequenceState,
-    StepItem, TensorSlot, TokenBias, TokenLogprob,
+    DType, EngineOptions, EngineStatistics, ItemOutput, LayerSpec, MemoryBudget, ModelSpec, SamplingConfig,
+    ScoredToken, SequenceState, StepItem, TensorSlot, TokenBias, TokenLogprob,
 };
 
 impl Default for EngineOptions {
@@ -28,6 +28,7 @@ impl Default for EngineOptions {
             threads: 0,
             graphs: true,
             prefix_cache: true,
+            padded: false,
         }
     }
 }
@@ -48,6 +49,21 @@ impl Default for SamplingConfig {
             stop_tokens: Vec::new(),
             min_new_tokens: 0,
             top_logprobs: 0,
+        }
+    }
+}
+
+impl EngineStatistics {
+    /// What was done after `before` was taken; memory is as it is now.
+    #[must_use]
+    pub fn since(&self, before: &EngineStatistics) -> EngineStatistics {
+        EngineStatistics {
+            steps: self.steps - before.steps,
+            captured_steps: self.captured_steps - before.captured_steps,
+            tokens: self.tokens - before.tokens,
+            bytes_read: self.bytes_read - before.bytes_read,
+            flops: self.flops - before.flops,
+            ..*self
         }
     }
 }
@@ -232,6 +248,20 @@ impl Engine {
     /// Whether launching ahead gains anything: the CPU has computed when [`Engine::launch`] returns.
     pub fn runs_ahead(&self) -> bool {
         self.core.runs_ahead()
+    }
+
+    /// What has been done since the engine was made. Costs nothing.
+    pub fn statistics(&self) -> EngineStatistics {
+        self.core.statistics()
+    }
+
+    /// Bytes read and written in a second by a copy within the device's memory: the ceiling of whatever is bound by
+    /// memory. Measured now, in some tenths of a second, with up to 2 GiB that are given back.
+    ///
+    /// # Errors
+    /// `Device` where too little memory is free.
+    pub fn copy_bandwidth(&mut self) -> Result<f64> {
+        Ok(self.core.pin_mut().copy_bandwidth()?)
     }
 }
 

@@ -2,7 +2,8 @@
 
 use crate::checkpoint::Checkpoint;
 use crate::engine::{
-    DType, Engine, EngineOptions, ItemOutput, MemoryBudget, ModelSpec, SamplingConfig, StepItem, memory_budget,
+    DType, Engine, EngineOptions, EngineStatistics, ItemOutput, MemoryBudget, ModelSpec, SamplingConfig, StepItem,
+    memory_budget,
 };
 use crate::generate::{Core, Limits};
 use crate::{Error, LoadOptions, Result};
@@ -25,11 +26,13 @@ pub(crate) struct Loaded {
 
 impl Loaded {
     pub fn limits(&self) -> Limits {
+        let EngineOptions { max_batch_tokens, max_sequences, padded, .. } = self.options;
         Limits {
             page_size: self.options.page_size as usize,
             pages: self.options.pages as usize,
-            max_batch_tokens: self.options.max_batch_tokens as usize,
-            max_sequences: self.options.max_sequences as usize,
+            max_batch_tokens: max_batch_tokens as usize,
+            max_chunk: (if padded { max_batch_tokens / max_sequences } else { max_batch_tokens }) as usize,
+            max_sequences: max_sequences as usize,
             max_logit_rows: self.options.max_logit_rows as usize,
         }
     }
@@ -119,5 +122,13 @@ impl Core for Engine {
 
     fn runs_ahead(&self) -> bool {
         Engine::runs_ahead(self)
+    }
+
+    fn statistics(&self) -> EngineStatistics {
+        Engine::statistics(self)
+    }
+
+    fn copy_bandwidth(&mut self) -> Result<f64> {
+        Engine::copy_bandwidth(self)
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::checkpoint::{ChatTemplate, Checkpoint, GenerationConfig, Tokenizer};
-use crate::engine::{ModelSpec, SamplingConfig};
+use crate::engine::{EngineStatistics, ModelSpec, SamplingConfig};
 use crate::generate::{
     DEFAULT_MAX_NEW_TOKENS, Generation, Limits, Plan, Prompt, Request, Scheduler, TextStream, Token, Usage, Worker,
 };
@@ -115,6 +115,16 @@ impl Gemma {
         self.shared.worker.submit(self.plan(request)?)
     }
 
+    /// Starts several generations that enter the batch together, as far as there is room: which of them share a step does
+    /// not depend on when the caller got to start each.
+    ///
+    /// # Errors
+    /// Those of [`Gemma::generate`]; if one request is refused, none is started.
+    pub fn generate_all(&self, requests: impl IntoIterator<Item = Request>) -> Result<Vec<Generation>> {
+        let plans = requests.into_iter().map(|request| self.plan(request)).collect::<Result<_>>()?;
+        self.shared.worker.submit_all(plans)
+    }
+
     /// The log-probability of every token but the first, each given all before it: entry `i` is that of `tokens[i + 1]`.
     ///
     /// # Errors
@@ -209,6 +219,23 @@ impl Gemma {
     /// [`Error::Engine`] if the worker has failed.
     pub fn usage(&self) -> Result<Usage> {
         self.shared.worker.usage()
+    }
+
+    /// What the engine has done since the model was loaded, between two steps.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] if the worker has failed.
+    pub fn statistics(&self) -> Result<EngineStatistics> {
+        self.shared.worker.statistics()
+    }
+
+    /// Bytes read and written in a second by a copy within the device's memory, measured now: the ceiling of whatever
+    /// is bound by memory. Requests wait meanwhile, some tenths of a second.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if too little memory is free, [`Error::Engine`] if the worker has failed.
+    pub fn copy_bandwidth(&self) -> Result<f64> {
+        self.shared.worker.copy_bandwidth()
     }
 
     fn plan(&self, request: Request) -> Result<Plan> {

@@ -71,6 +71,10 @@ pub struct LoadOptions {
     pub graphs: bool,
     /// Keep the keys and values of finished requests as long as there is room, for prompts that start alike.
     pub prefix_cache: bool,
+    /// For comparison only: compute steps as without a ragged layout, every request filled up to the one with the most new
+    /// tokens, and the rows of one that has ended kept until all have. A step then takes at most `max_batch_tokens /
+    /// max_sequences` tokens of a request. Gives the same tokens, more slowly.
+    pub padded: bool,
     /// Refuse a checkpoint that holds a NaN or an infinity. Reads every weight once more.
     pub check_weights: bool,
 }
@@ -88,6 +92,7 @@ impl Default for LoadOptions {
             threads: 0,
             graphs: true,
             prefix_cache: true,
+            padded: false,
             check_weights: false,
         }
     }
@@ -118,6 +123,7 @@ impl LoadOptions {
             threads: self.threads,
             graphs: self.graphs,
             prefix_cache: self.prefix_cache,
+            padded: self.padded,
         };
         let page_bytes = memory_budget(spec, &options)?.kv_cache.max(1);
         let page_tokens = u64::from(self.page_size);

@@ -284,3 +284,58 @@ fn eval_measures_a_text() {
     let wide = ["eval", "--model", dir.path().to_str().unwrap(), "--window", "129"];
     assert_refused(&run_with_stdin(&wide, b"text"), "between 2 and 128");
 }
+
+#[test]
+fn bench_writes_a_line_a_workload_and_configuration() {
+    let dir = model();
+    let args = ["bench", "--device", "reference", "--max-new", "3", "--model", dir.to_str().unwrap(), "--json"];
+    let rows = json_lines(&run(&[&args[..], &["--workload", "tutorial", "--no-graphs", "--repeat", "2"]].concat()));
+    let [row] = &rows[..] else { panic!("{rows:?}") };
+    assert_eq!((&row["workload"], &row["configuration"]), (&"tutorial".into(), &"ragged".into()));
+    assert_eq!((&row["requests"], &row["prompt_tokens"], &row["new_tokens"]), (&64.into(), &641.into(), &192.into()));
+    assert_eq!((&row["steps"], &row["captured_steps"]), (&3.into(), &0.into()));
+    let number = |name: &str| row[name].as_f64().unwrap_or_else(|| panic!("{name} in {row}"));
+    let seconds = number("seconds");
+    let near = |got: f64, want: f64| (got / want - 1.0).abs() < 1e-6;
+    assert!(near(number("tokens_per_second"), 192.0 / seconds));
+    assert!(near(number("share_of_copy"), number("gb_per_second") / number("copy_gb_per_second")));
+    assert!(number("tflops") > 0.0 && number("peak_memory_bytes") > 691_392.0); // the weights alone
+    assert_eq!(row["tokens_hash"].as_str().unwrap().len(), 16);
+    assert!(row.get("equal_requests").is_none());
+
+    let ladder = json_lines(&run(&[&args[..], &["--workload", "tutorial,tutorial", "--ladder"]].concat()));
+    let names: Vec<&str> = ladder.iter().map(|row| row["configuration"].as_str().unwrap()).collect();
+    assert_eq!(names, ["padded", "padded", "ragged", "ragged", "ragged + graphs", "ragged + graphs"]);
+    assert!(ladder[0].get("equal_requests").is_none());
+    for row in &ladder[1..] {
+        assert_eq!((&row["equal_requests"], &row["widest_near_tie"]), (&64.into(), &Value::Null));
+        assert_eq!(row["tokens_hash"], rows[0]["tokens_hash"]);
+    }
+}
+
+#[test]
+fn bench_draws_charts_and_prints_a_table() {
+    let dir = model();
+    let folder = tempfile::tempdir().unwrap();
+    let chart = folder.path().join("chart.svg");
+    let args = ["bench", "--device", "reference", "--max-new", "2", "--model", dir.to_str().unwrap(), "--workload"];
+    let bench = |more: &[&str], chart: &Path| {
+        run(&[&args[..], &["tutorial", "--chart", chart.to_str().unwrap()], more].concat())
+    };
+    let ladder = bench(&["--ladder"], &chart);
+    assert_eq!(ladder.status.code(), Some(0), "{}", String::from_utf8_lossy(&ladder.stderr));
+    let table = String::from_utf8(ladder.stdout).unwrap();
+    assert_eq!(table.lines().count(), 5, "{table}");
+    assert!(table.contains("cut to 2 new tokens") && table.matches("64 of 64").count() == 2, "{table}");
+    let svg = std::fs::read_to_string(&chart).unwrap();
+    assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"));
+    assert!(svg.contains(">padded<") && svg.contains(">ragged + graphs<") && svg.contains("tutorial: seconds"));
+    assert_eq!(bench(&[], &chart).status.code(), Some(0));
+    assert!(std::fs::read_to_string(&chart).unwrap().contains("tokens/s ("));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+
+    assert_refused(&bench(&[], &folder.path().join("none").join("chart.svg")), "none");
+    assert_refused(&bench(&[], folder.path()), "is a folder");
+    let no_shape = ["bench", "--device", "reference", "--random", "gemma-8b", "--workload", "single"];
+    assert_refused(&run(&no_shape), "gemma-8b");
+}

@@ -103,6 +103,42 @@ fn a_generation_does_not_depend_on_what_else_runs() {
     }
 }
 
+/// Greedy and sampled, with prompts longer than a step's share, ends at different times and requests that wait.
+#[test]
+fn a_padded_batch_gives_the_same_tokens() {
+    let requests = || {
+        let mut numbers = Numbers(3);
+        let request = move |i: u64| {
+            let (length, new) = (1 + numbers.below(40), 1 + numbers.below(40) as usize);
+            let request = Request::new(numbers.tokens(length)).max_new_tokens(new).ignore_eos(true);
+            let sampled = SamplingParams { temperature: Some(1.0), seed: Some(i), ..Default::default() };
+            if i.is_multiple_of(3) { request.sampling(sampled) } else { request.sampling(SamplingParams::greedy()) }
+        };
+        (0..14).map(request).collect::<Vec<_>>()
+    };
+    let tokens = |padded| {
+        let model = load(LoadOptions { padded, max_sequences: 5, max_batch_tokens: 39, ..options() });
+        let running = model.generate_all(requests()).unwrap();
+        let tokens: Vec<_> = running.into_iter().map(|generation| generation.finish().unwrap().token_ids).collect();
+        (tokens, model.statistics().unwrap())
+    };
+    let ((ragged, few), (padded, many)) = (tokens(false), tokens(true));
+    assert_eq!(padded, ragged);
+    assert_eq!(many.tokens, few.tokens);
+    assert!(many.steps > few.steps, "{many:?} {few:?}"); // shares of 7 tokens
+}
+
+#[test]
+fn requests_that_start_together_are_refused_together() {
+    let model = load(options());
+    let good = || Request::new(vec![2, 9]).max_new_tokens(3);
+    let error = model.generate_all([good(), Request::new(vec![512])]).err().unwrap();
+    assert!(error.to_string().contains("512"), "{error}");
+    assert_eq!(model.statistics().unwrap().steps, 0);
+    assert_eq!(model.generate_all([]).unwrap().len(), 0);
+    assert_eq!(model.generate_all([good(), good()]).unwrap().len(), 2);
+}
+
 #[test]
 fn a_drawn_seed_repeats_the_generation() {
     let model = load(options());

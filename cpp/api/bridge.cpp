@@ -66,6 +66,7 @@ gemma_cuda::EngineOptions from_rust(const EngineOptions& options) {
       .threads = options.threads,
       .graphs = options.graphs,
       .prefix_cache = options.prefix_cache,
+      .padded = options.padded,
   };
 }
 
@@ -188,6 +189,13 @@ void Engine::launch(rust::Slice<const StepItem> items) { engine_.launch(from_rus
 rust::Vec<ItemOutput> Engine::collect() { return to_rust(engine_.collect()); }
 
 bool Engine::runs_ahead() const { return engine_.runs_ahead(); }
+
+EngineStatistics Engine::statistics() const {
+  const gemma_cuda::EngineStatistics all = engine_.statistics();
+  return {all.steps, all.captured_steps, all.tokens, all.bytes_read, all.flops, all.memory, all.peak_memory};
+}
+
+double Engine::copy_bandwidth() { return engine_.copy_bandwidth(); }
 
 std::unique_ptr<Engine> new_engine(const ModelSpec& spec, const EngineOptions& options) {
   return std::make_unique<Engine>(from_rust(spec), from_rust(options));

@@ -10,6 +10,7 @@
 namespace gemma_cuda::bridge {
 
 struct EngineOptions;
+struct EngineStatistics;
 struct ItemOutput;
 struct MemoryBudget;
 struct ModelSpec;
@@ -42,6 +43,8 @@ class Engine {
   void launch(rust::Slice<const StepItem> items);
   rust::Vec<ItemOutput> collect();
   bool runs_ahead() const;
+  EngineStatistics statistics() const;
+  double copy_bandwidth();
 
  private:
   gemma_cuda::Engine engine_;

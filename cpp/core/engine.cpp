@@ -5,6 +5,7 @@
 #include <optional>
 #include <unordered_set>
 
+#include "core/cost.h"
 #include "core/device.h"
 #include "core/error.h"
 #include "core/forward.h"
@@ -96,6 +97,7 @@ struct Engine::State {
         backend(device.backend.get()),
         weights(*backend, spec, options.weights),
         forward(*backend, spec, weights, limits(options)),
+        cost(spec, options.weights, options.compute),
         pages(options.pages, options.page_size, options.prefix_cache),
         sequences(options.max_sequences),
         last_tokens(*backend, last_token_bytes(options)) {}
@@ -136,6 +138,15 @@ struct Engine::State {
     if (!fault.empty()) throw Error::device("this engine computes no more, make a new one: " + fault);
   }
 
+  void count(const BatchPlan& plan, bool captured) {
+    const PassCost pass = cost.of(plan);
+    ++statistics.steps;
+    statistics.captured_steps += captured;
+    statistics.tokens += plan.cu_seqlens.back();
+    statistics.bytes_read += pass.bytes;
+    statistics.flops += pass.flops;
+  }
+
   // Pages taken for a step that failed.
   void give_back_unused(Sequence& sequence) {
     const uint32_t used = (sequence.cached + pages.page_size() - 1) / pages.page_size();
@@ -149,11 +160,14 @@ struct Engine::State {
   Backend* backend;
   Weights weights;
   Forward forward;
+  CostModel cost;
+  EngineStatistics statistics;  // all but its memory
   PagePool pages;
   std::vector<std::optional<Sequence>> sequences;
   Buffer last_tokens;  // of each sequence's number, written by the sampler
   std::deque<Launched> launched;
   uint64_t steps = 0;  // launched so far
+  uint32_t batch = 0;  // most sequences in a step since there was none; only where steps are padded
   uint64_t serials = 0;
   bool ready = false;
   std::string fault;  // of the device; then the engine has ended
@@ -237,6 +251,7 @@ void Engine::append_tokens(uint32_t id, std::span<const uint32_t> tokens) {
 void Engine::remove_sequence(uint32_t id) {
   state_->pages.release(state_->sequence(id).pages);
   state_->sequences[id].reset();
+  if (std::ranges::none_of(state_->sequences, &std::optional<Sequence>::has_value)) state_->batch = 0;
 }
 
 SequenceState Engine::sequence_state(uint32_t id) const {
@@ -294,23 +309,38 @@ std::vector<ItemOutput> Engine::step(std::span<const StepItem> items) {
 
 bool Engine::runs_ahead() const { return state_->backend->asynchronous(); }
 
+EngineStatistics Engine::statistics() const {
+  EngineStatistics statistics = state_->statistics;
+  const MemoryUse memory = state_->backend->memory();
+  statistics.memory = memory.now;
+  statistics.peak_memory = memory.peak;
+  return statistics;
+}
+
+double Engine::copy_bandwidth() { return state_->backend->copy_bandwidth(); }
+
 void Engine::launch(std::span<const StepItem> items) {
   State& s = *state_;
   s.require_working();
   require(s.ready, "finish_loading has not been called");
   require(!items.empty(), "a step needs at least one sequence");
   require(s.launched.size() < kMaxAhead, number(kMaxAhead) + " steps are launched and not collected already");
-  uint64_t tokens = 0, rows = 0, new_pages = 0;
+  uint64_t tokens = 0, rows = 0, new_pages = 0, longest = 0;
   std::unordered_set<uint32_t> seen;
   for (const StepItem& item : items) {
     const Sequence& sequence = s.sequence(item.sequence);
     require(seen.insert(item.sequence).second, "sequence " + number(item.sequence) + " is twice in the step");
     validate_item(item, sequence, s.spec);
     tokens += item.tokens;
+    longest = std::max<uint64_t>(longest, item.tokens);
     rows += logit_rows(item);
     new_pages += s.new_pages(sequence, item.tokens);
   }
   require_within("tokens", tokens, s.options.max_batch_tokens);
+  const uint32_t batch = s.options.padded ? std::max(s.batch, static_cast<uint32_t>(items.size())) : 0;
+  require(batch * longest <= s.options.max_batch_tokens, "the padded step has " + number(batch) + " sequences of " +
+                                                             number(longest) + " tokens, the engine was built for " +
+                                                             number(s.options.max_batch_tokens) + " tokens in all");
   require_within("rows of logits", rows, s.options.max_logit_rows);
   if (new_pages > s.pages.free())
     throw Error::out_of_pages("the step needs " + number(new_pages) + " pages of the KV cache, " +
@@ -326,17 +356,20 @@ void Engine::launch(std::span<const StepItem> items) {
     step.items.push_back({item, sequence.serial, sequence.cached + item.tokens});
   }
   try {
-    const BatchPlan plan = make_plan(plan_items, s.pages.page_size());
+    BatchPlan plan = make_plan(plan_items, s.pages.page_size());
+    if (s.options.padded) plan = pad(plan, batch);
     const bool keep_hidden = std::ranges::any_of(items, &StepItem::hidden);
     std::vector<std::vector<float>> hidden;
     const float* logits = s.forward.run(plan, s.last_tokens.as<uint32_t>(), keep_hidden ? &hidden : nullptr);
     ask(step, plan, logits, hidden);
+    s.count(plan, !keep_hidden && s.forward.is_captured(plan));
   } catch (...) {
     for (const StepItem& item : items) s.give_back_unused(s.sequence(item.sequence));
     s.step_failed(s.launched.empty() ? step.number : s.launched.front().number, step.number);
   }
   s.steps = step.number;
   advance(step);
+  s.batch = batch;
   s.launched.push_back(std::move(step));
 }
 

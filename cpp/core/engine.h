@@ -35,6 +35,9 @@ struct EngineOptions {
   uint32_t threads = 0;             // of the reference backend; 0: all cores
   bool graphs = true;               // capture decode steps, where the device can
   bool prefix_cache = true;         // keep pages of finished sequences for prompts that start alike
+  // For comparison only: steps are computed as without a ragged layout. Every sequence is filled up to the one with the
+  // most new tokens, and one that was removed keeps its rows until all are. The filling counts in max_batch_tokens.
+  bool padded = false;
 };
 
 struct BatchPlan;
@@ -65,6 +68,16 @@ struct ItemOutput {
   std::vector<ScoredToken> scored;
   std::vector<float> logits;
   std::vector<float> hidden;
+};
+
+// What an engine has done since it was made. The numbers of a stretch are the difference of two of these.
+struct EngineStatistics {
+  uint64_t steps = 0;
+  uint64_t captured_steps = 0;  // that were a captured graph
+  uint64_t tokens = 0;          // fed
+  uint64_t bytes_read = 0;      // that the steps had to read at least, and what they had to compute (core/cost.h)
+  uint64_t flops = 0;
+  uint64_t memory = 0, peak_memory = 0;  // bytes allocated on the device, and the most that were
 };
 
 struct SequenceState {
@@ -112,6 +125,10 @@ class Engine {
   // Whether launching ahead gains anything: a device that is not asynchronous has computed when launch() returns.
   bool runs_ahead() const;
   static constexpr uint32_t kMaxAhead = 2;
+
+  EngineStatistics statistics() const;
+  // Bytes read and written in a second by a copy within the device's memory, measured now, beside what is allocated.
+  double copy_bandwidth();
 
  private:
   struct Launched;

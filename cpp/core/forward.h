@@ -37,6 +37,9 @@ class Forward {
   // the final norm. `last_tokens`, on the device, is where pending tokens are; always the same.
   const float* run(const BatchPlan& plan, const uint32_t* last_tokens, std::vector<std::vector<float>>* hidden);
 
+  // Whether a pass of this plan, with no hidden states asked for, replays a captured one.
+  bool is_captured(const BatchPlan& plan) const { return captured(plan) != nullptr; }
+
   static uint64_t kv_cache_bytes(const ModelSpec& spec, const ForwardLimits& limits);
   static uint64_t activation_bytes(const ModelSpec& spec, const ForwardLimits& limits);
   static uint64_t logit_bytes(const ModelSpec& spec, const ForwardLimits& limits);

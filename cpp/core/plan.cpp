@@ -21,8 +21,10 @@ std::vector<QueryTile> query_tiles(std::span<const uint32_t> cu_seqlens, std::sp
 
 BatchPlan make_plan(std::span<const PlanItem> items, uint32_t page_size) {
   BatchPlan plan;
-  for (const PlanItem& item : items)
+  for (const PlanItem& item : items) {
     plan.max_pages = std::max(plan.max_pages, static_cast<uint32_t>(item.sequence->pages.size()));
+    plan.max_new = std::max(plan.max_new, item.tokens);
+  }
 
   plan.cu_seqlens.push_back(0);
   for (const PlanItem& item : items) {
@@ -41,6 +43,15 @@ BatchPlan make_plan(std::span<const PlanItem> items, uint32_t page_size) {
   }
   plan.query_tiles = query_tiles(plan.cu_seqlens, plan.kv_len);
   return plan;
+}
+
+BatchPlan pad(const BatchPlan& plan, uint32_t sequences) {
+  BatchPlan padded = plan;
+  const size_t rows = size_t{sequences} * plan.max_new;
+  padded.ids.resize(rows, 0);
+  padded.positions.resize(rows, 0);
+  padded.slots.resize(rows, kNoSlot);
+  return padded;
 }
 
 namespace {
@@ -83,7 +94,7 @@ BatchPlan fill_up(const BatchPlan& plan, const PassShape& shape) {
   full.ids.resize(shape.tokens, 0);
   full.positions.resize(shape.tokens, 0);
   full.slots.resize(shape.tokens, kNoSlot);
-  full.cu_seqlens.resize(shape.sequences + 1, plan.tokens());
+  full.cu_seqlens.resize(shape.sequences + 1, plan.cu_seqlens.back());
   full.kv_len.resize(shape.sequences, 0);
   full.logit_rows.resize(shape.logit_rows, 0);
   full.query_tiles.resize(shape.tiles, {kNoSequence, 0});

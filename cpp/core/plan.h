@@ -28,6 +28,7 @@ struct BatchPlan {
   std::vector<uint32_t> logit_rows;    // [r] rows of t that need logits
   std::vector<QueryTile> query_tiles;  // of the sequences with several new tokens
   uint32_t max_pages = 0;
+  uint32_t max_new = 0;  // most new tokens of one sequence
 
   uint32_t tokens() const { return static_cast<uint32_t>(ids.size()); }
   uint32_t sequences() const { return static_cast<uint32_t>(kv_len.size()); }
@@ -51,6 +52,10 @@ struct PassShape {
   uint32_t tokens, sequences, logit_rows, tiles, max_pages;
   bool fits(const BatchPlan& plan) const;
 };
+
+// The plan as a batch without a ragged layout has it: `sequences` times max_new rows. Those that are nobody's come
+// last, belong to no sequence, and see and write nothing, but everything that works row by row computes them.
+BatchPlan pad(const BatchPlan& plan, uint32_t sequences);
 
 // The shapes to capture, each larger than the one before in all but sequences: decode passes, then passes with prompts
 // in them. Those of many tokens are left out; they take so much longer than their launches that nothing is gained.

@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "cuda/check.h"
+#include "cuda/copy_bandwidth.h"
 #include "cuda/gemm.h"
 #include "cuda/memory.h"
 #include "cuda/ops.h"
@@ -152,14 +153,30 @@ class CudaBackend final : public Backend {
     decode_scratch_.get<char>(decode_scratch_bytes(device_, limits.head_dim, limits.group));
   }
 
+  MemoryUse memory() const override {
+    // Scratch memory only grows, so what there is now is the most there was.
+    const uint64_t scratch =
+        gemm_->device_bytes() + decode_scratch_.bytes() + ring_.device_bytes() + sampler_.device_bytes();
+    return {buffers_.now + scratch, buffers_.peak + scratch};
+  }
+
+  double copy_bandwidth() override {
+    const DeviceScope scope(device_.index);
+    return cuda::copy_bandwidth(stream_);
+  }
+
   void* allocate(size_t bytes) override {
     const DeviceScope scope(device_.index);
     void* memory = allocate_device(bytes);
     // Rows that only fill up a batch are read before they are ever written; let them be numbers.
     GEMMA_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream_));
+    buffers_.take(bytes);
     return memory;
   }
-  void release(void* memory) noexcept override { cudaFree(memory); }  // waits for what uses it
+  void release(void* memory, size_t bytes) noexcept override {
+    cudaFree(memory);  // waits for what uses it
+    buffers_.give_back(bytes);
+  }
   void upload(void* to, const void* host, size_t bytes) override {
     const DeviceScope scope(device_.index);
     ring_.upload(to, host, bytes, stream_);
@@ -239,6 +256,7 @@ class CudaBackend final : public Backend {
   const Names names_;
   cudaStream_t stream_ = nullptr;
   DeviceScratch decode_scratch_;
+  MemoryUse buffers_;
   std::unique_ptr<Gemm> gemm_;
   PinnedRing ring_;
   Sampler sampler_;

@@ -30,6 +30,7 @@ class Gemm {
 
   // Takes the memory that products need; it is used by one stream at a time.
   void reserve() { workspace_.get<char>(kWorkspaceBytes); }
+  size_t device_bytes() const { return workspace_.bytes(); }
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
 
  private:

@@ -53,6 +53,7 @@ class Scratch {
     }
     return static_cast<T*>(data_);
   }
+  size_t bytes() const { return bytes_; }
 
  private:
   void* data_ = nullptr;

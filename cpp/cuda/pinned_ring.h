@@ -27,6 +27,7 @@ class PinnedRing {
 
   // Takes all the memory it will ever need: kPieceBytes of the device's, kPieces times as much of the host's.
   void reserve();
+  size_t device_bytes() const { return landing_.bytes(); }
   static constexpr size_t kPieceBytes = size_t{2} << 20;
   static constexpr size_t kPieces = 16;  // more than the tables of all steps that can be under way
 

@@ -175,6 +175,12 @@ std::vector<ScoredToken> Sampler::finish_newest() {
   return finish(lane);
 }
 
+size_t Sampler::device_bytes() const {
+  size_t bytes = 0;
+  for (const DeviceScratch* part : {&tasks_, &changes_, &saved_, &surveys_, &results_, &tops_}) bytes += part->bytes();
+  return bytes;
+}
+
 std::vector<ScoredToken> Sampler::finish(Lane& lane) {
   GEMMA_CUDA_CHECK(cudaEventSynchronize(lane.done));
   std::vector<ScoredToken> out;

@@ -36,6 +36,8 @@ class Sampler {
   std::vector<ScoredToken> finish_oldest();
   std::vector<ScoredToken> finish_newest();
 
+  size_t device_bytes() const;
+
  private:
   static constexpr size_t kLanes = 4;
   static constexpr uint32_t kReservedTop = 20;

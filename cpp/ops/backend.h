@@ -6,6 +6,7 @@
 // before it is done; download() waits.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -73,7 +74,7 @@ struct KvLayer {
   uint32_t page_size, kv_heads, head_dim;
 };
 
-// The slot of a row that only fills up a captured batch.
+// The slot of a row that only fills up a captured or padded batch.
 constexpr uint32_t kNoSlot = ~0u;
 
 // Splits qkv, norms q and k where the model does, rotates both (halves, angles in float32), writes q out and k, v
@@ -104,7 +105,7 @@ constexpr uint32_t kNoSequence = ~0u;
 
 // softmax(cap(scale q k^T)) v over the cached tokens a query may see: those at or before its position, and with a
 // window only the last `window` of them. The new tokens of sequence i are rows cu_seqlens[i]..cu_seqlens[i+1], the
-// last one at position kv_len[i] - 1.
+// last one at position kv_len[i] - 1. Rows from cu_seqlens[s] on fill up a padded batch: no attention is due for them.
 struct AttentionArgs {
   const void* q;  // [t, heads head_dim] act
   KvLayer cache;
@@ -167,6 +168,14 @@ class Graph {
   virtual void launch() = 0;
 };
 
+// Bytes a backend has taken from its device, and the most it has had.
+struct MemoryUse {
+  uint64_t now = 0, peak = 0;
+
+  void take(uint64_t bytes) { peak = std::max(peak, now += bytes); }
+  void give_back(uint64_t bytes) { now -= bytes; }
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -177,9 +186,14 @@ class Backend {
   // Bytes the operations need for themselves within the limits; reserve() takes them, so that no operation has to.
   virtual uint64_t workspace_bytes(const WorkLimits& limits) const = 0;
   virtual void reserve(const WorkLimits& limits) = 0;
+  // What it has taken itself, for buffers and for the operations' own use. A driver takes some more.
+  virtual MemoryUse memory() const = 0;
+  // Bytes read and written in a second by a copy within the device's memory, measured now: what bounds everything that
+  // is bound by memory. Takes up to 2 GiB while it runs, not counted in memory().
+  virtual double copy_bandwidth() = 0;
 
   virtual void* allocate(size_t bytes) = 0;  // aligned for any operation; throws Error::device with the numbers
-  virtual void release(void* memory) noexcept = 0;
+  virtual void release(void* memory, size_t bytes) noexcept = 0;  // as many as were allocated
   virtual void upload(void* to, const void* host, size_t bytes) = 0;
   virtual void download(void* host, const void* from, size_t bytes) = 0;
   // Uploads `count` elements, converted (to nearest even where it narrows).
@@ -217,16 +231,19 @@ class Backend {
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(Backend& backend, size_t bytes) : backend_(&backend), data_(backend.allocate(bytes)) {}
+  Buffer(Backend& backend, size_t bytes) : backend_(&backend), data_(backend.allocate(bytes)), bytes_(bytes) {}
   Buffer(Buffer&& other) noexcept
-      : backend_(std::exchange(other.backend_, nullptr)), data_(std::exchange(other.data_, nullptr)) {}
+      : backend_(std::exchange(other.backend_, nullptr)),
+        data_(std::exchange(other.data_, nullptr)),
+        bytes_(std::exchange(other.bytes_, 0)) {}
   Buffer& operator=(Buffer&& other) noexcept {
     std::swap(backend_, other.backend_);
     std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
     return *this;
   }
   ~Buffer() {
-    if (backend_ != nullptr) backend_->release(data_);
+    if (backend_ != nullptr) backend_->release(data_, bytes_);
   }
 
   void* data() const { return data_; }
@@ -238,6 +255,7 @@ class Buffer {
  private:
   Backend* backend_ = nullptr;
   void* data_ = nullptr;
+  size_t bytes_ = 0;
 };
 
 // The plain C++ backend, with activations of type `act`. `threads` 0: all cores this process may use.

@@ -3,6 +3,7 @@
 #include "ops/backend.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -62,14 +63,40 @@ class ReferenceBackend final : public Backend {
   // Its few rows of scratch are not worth counting.
   uint64_t workspace_bytes(const WorkLimits&) const override { return 0; }
   void reserve(const WorkLimits&) override {}
+  MemoryUse memory() const override { return memory_; }
+
+  double copy_bandwidth() override {
+    constexpr size_t kBytes = size_t{256} << 20, kPiece = size_t{1} << 20;  // more than caches hold
+    std::vector<char> from, to;
+    try {
+      from.resize(kBytes);
+      to.resize(kBytes);
+    } catch (const std::bad_alloc&) {
+      throw Error::device("no " + std::to_string(2 * kBytes >> 20) +
+                          " MiB are free to measure the copy bandwidth with");
+    }
+    double best = 0;
+    for (int turn = 0; turn < 4; ++turn) {  // the first brings the threads and pages up
+      const auto start = std::chrono::steady_clock::now();
+      in_pieces(kBytes, kPiece,
+                [&](size_t begin, size_t end) { std::memcpy(to.data() + begin, from.data() + begin, end - begin); });
+      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+      best = std::max(best, 2 * kBytes / seconds.count());
+    }
+    return best;
+  }
 
   void* allocate(size_t bytes) override {
     void* memory =
         std::aligned_alloc(kAlignment, (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment);
     if (memory == nullptr) throw Error::device("could not allocate " + std::to_string(bytes) + " bytes of memory");
+    memory_.take(bytes);
     return memory;
   }
-  void release(void* memory) noexcept override { std::free(memory); }
+  void release(void* memory, size_t bytes) noexcept override {
+    std::free(memory);
+    memory_.give_back(bytes);
+  }
   void upload(void* to, const void* host, size_t bytes) override { std::memcpy(to, host, bytes); }
   void download(void* host, const void* from, size_t bytes) override { std::memcpy(host, from, bytes); }
 
@@ -195,6 +222,7 @@ class ReferenceBackend final : public Backend {
   ThreadPool pool_;
   const Kernels& kernels_;
   const DType act_;
+  MemoryUse memory_;
   std::deque<std::vector<ScoredToken>> sampled_;
 };
 

@@ -292,6 +292,7 @@ inline void rope_typed(const RopeArgs& args, uint32_t row) {
   for (uint32_t h = 0; h < heads; ++h)
     rotate_head(qkv + h * dim, q + h * dim, args.q_norm, cosine, sine, args.eps, dim);
 
+  if (args.slots[row] == kNoSlot) return;
   const T* k = qkv + heads * dim;
   const T* v = k + kv_heads * dim;
   const uint32_t page = args.slots[row] / cache.page_size, offset = args.slots[row] % cache.page_size;

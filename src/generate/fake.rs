@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use super::scheduler::{Core, Limits};
-use crate::engine::{ItemOutput, SamplingConfig, ScoredToken, StepItem};
+use crate::engine::{EngineStatistics, ItemOutput, SamplingConfig, ScoredToken, StepItem};
 use crate::{Error, Result};
 
 pub(crate) enum Fault {
@@ -61,6 +61,7 @@ impl FakeEngine {
         for item in items {
             let sequence = &self.sequences[&item.sequence];
             let end = sequence.cached + item.tokens as usize;
+            assert!(item.tokens as usize <= self.limits.max_chunk);
             assert!(item.tokens > 0 && end <= sequence.tokens.len());
             assert!(!item.sample || end == sequence.tokens.len());
         }
@@ -153,5 +154,14 @@ impl Core for FakeEngine {
 
     fn runs_ahead(&self) -> bool {
         self.ahead
+    }
+
+    fn statistics(&self) -> EngineStatistics {
+        let tokens = self.steps.iter().flatten().map(|item| u64::from(item.tokens)).sum();
+        EngineStatistics { steps: self.steps.len() as u64, tokens, ..Default::default() }
+    }
+
+    fn copy_bandwidth(&mut self) -> Result<f64> {
+        Err(Error::Device("there is no memory to copy".into()))
     }
 }

@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 
 use super::completion::FinishReason;
 use super::job::Job;
-use crate::engine::{ItemOutput, SamplingConfig, StepItem};
+use crate::engine::{EngineStatistics, ItemOutput, SamplingConfig, StepItem};
 use crate::{Error, Result};
 
 /// What the scheduler needs of an engine; the contract is that of [`crate::bridge`].
@@ -36,6 +36,8 @@ pub(crate) trait Core {
     fn collect(&mut self) -> Result<Vec<ItemOutput>>;
     /// Whether a second step may be launched before the first is collected, and should be.
     fn runs_ahead(&self) -> bool;
+    fn statistics(&self) -> EngineStatistics;
+    fn copy_bandwidth(&mut self) -> Result<f64>;
 }
 
 /// What the engine was built with.
@@ -45,6 +47,8 @@ pub(crate) struct Limits {
     pub pages: usize,
     /// At least `max_sequences`, so that a step has a token for everyone.
     pub max_batch_tokens: usize,
+    /// New tokens of one sequence in a step; at least 1.
+    pub max_chunk: usize,
     pub max_sequences: usize,
     /// At least `max_sequences`, so that a step has a row for everyone.
     pub max_logit_rows: usize,
@@ -154,6 +158,10 @@ impl<E: Core> Scheduler<E> {
             free_pages: self.engine.free_pages(),
             pages: self.limits.pages,
         }
+    }
+
+    pub fn engine(&mut self) -> &mut E {
+        &mut self.engine
     }
 
     /// Launches a step and collects one. Unless the scheduler is idle, at least one job moves on or ends, or a step is on
@@ -341,7 +349,7 @@ impl<E: Core> Scheduler<E> {
     /// As many of the sequence's next tokens as the budget allows, which it reduces.
     fn plan_item(&self, running: &Running, budget: &mut Budget) -> Result<Option<StepItem>> {
         let Running { job, sequence, cached, .. } = running;
-        let mut tokens = (running.to_feed() - cached).min(budget.tokens);
+        let mut tokens = (running.to_feed() - cached).min(budget.tokens).min(self.limits.max_chunk);
         let score = match job.unscored() {
             Some(first) if *cached < first => {
                 tokens = tokens.min(first - cached); // scored before it had to give way

@@ -8,11 +8,14 @@ use std::thread::JoinHandle;
 use super::generation::Generation;
 use super::job::{Job, Plan};
 use super::scheduler::{Core, Scheduler, Usage};
+use crate::engine::EngineStatistics;
 use crate::{Error, Result};
 
 enum Command {
-    Run(Box<Job>),
+    Run(Vec<Job>),
     Report(Sender<Usage>),
+    Statistics(Sender<EngineStatistics>),
+    CopyBandwidth(Sender<Result<f64>>),
 }
 
 /// Why the thread ended; set by it however it ends.
@@ -39,16 +42,39 @@ impl Worker {
     }
 
     pub fn submit(&self, plan: Plan) -> Result<Generation> {
-        let (events, inbox) = channel();
-        let generation = Generation::new(inbox, self.ending.clone());
-        let job = Job::new(plan, events, generation.cancel_flag());
-        self.send(Command::Run(Box::new(job)))?;
+        let (job, generation) = self.job(plan);
+        self.send(Command::Run(vec![job]))?;
         Ok(generation)
     }
 
+    /// All enter the queue between the same two steps.
+    pub fn submit_all(&self, plans: Vec<Plan>) -> Result<Vec<Generation>> {
+        let (jobs, generations) = plans.into_iter().map(|plan| self.job(plan)).unzip();
+        self.send(Command::Run(jobs))?;
+        Ok(generations)
+    }
+
+    fn job(&self, plan: Plan) -> (Job, Generation) {
+        let (events, inbox) = channel();
+        let generation = Generation::new(inbox, self.ending.clone());
+        (Job::new(plan, events, generation.cancel_flag()), generation)
+    }
+
     pub fn usage(&self) -> Result<Usage> {
+        self.ask(Command::Report)
+    }
+
+    pub fn statistics(&self) -> Result<EngineStatistics> {
+        self.ask(Command::Statistics)
+    }
+
+    pub fn copy_bandwidth(&self) -> Result<f64> {
+        self.ask(Command::CopyBandwidth)?
+    }
+
+    fn ask<T>(&self, question: impl FnOnce(Sender<T>) -> Command) -> Result<T> {
         let (reply, inbox) = channel();
-        self.send(Command::Report(reply))?;
+        self.send(question(reply))?;
         inbox.recv().map_err(|_| gone(&self.ending))
     }
 
@@ -94,14 +120,18 @@ fn serve<E: Core>(scheduler: &mut Scheduler<E>, inbox: &Receiver<Command>) -> Re
         let command =
             if scheduler.is_idle() { inbox.recv().map_err(|_| TryRecvError::Disconnected) } else { inbox.try_recv() };
         match command {
-            Ok(Command::Run(job)) => scheduler.submit(*job),
-            Ok(Command::Report(reply)) => {
-                let _gone = reply.send(scheduler.usage()); // nobody waits any more
-            }
+            Ok(Command::Run(jobs)) => jobs.into_iter().for_each(|job| scheduler.submit(job)),
+            Ok(Command::Report(reply)) => answer(&reply, scheduler.usage()),
+            Ok(Command::Statistics(reply)) => answer(&reply, scheduler.engine().statistics()),
+            Ok(Command::CopyBandwidth(reply)) => answer(&reply, scheduler.engine().copy_bandwidth()),
             Err(TryRecvError::Empty) => scheduler.tick()?,
             Err(TryRecvError::Disconnected) => return scheduler.cancel_all(),
         }
     }
+}
+
+fn answer<T>(reply: &Sender<T>, value: T) {
+    let _gone = reply.send(value); // nobody waits any more
 }
 
 fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
@@ -119,7 +149,7 @@ mod tests {
     use crate::{FinishReason, SamplingParams};
 
     const LIMITS: Limits =
-        Limits { page_size: 4, pages: 4096, max_batch_tokens: 8, max_sequences: 4, max_logit_rows: 4 };
+        Limits { page_size: 4, pages: 4096, max_batch_tokens: 8, max_chunk: 8, max_sequences: 4, max_logit_rows: 4 };
 
     fn plan(max_new_tokens: usize) -> Plan {
         Plan {
@@ -174,6 +204,18 @@ mod tests {
         assert!(matches!(generation.next(), Some(Err(Error::Device(_)))));
         assert!(generation.next().is_none());
         assert!(matches!(generation.finish(), Err(Error::Device(_))));
+        assert_eq!(worker.submit(plan(3)).unwrap().finish().unwrap().token_ids.len(), 3);
+    }
+
+    #[test]
+    fn questions_to_the_engine_are_answered_between_steps() {
+        let worker = worker([]);
+        assert_eq!(worker.submit(plan(3)).unwrap().finish().unwrap().token_ids.len(), 3);
+        let statistics = worker.statistics().unwrap();
+        assert!(statistics.steps >= 3 && statistics.tokens >= statistics.steps, "{statistics:?}");
+        assert!(
+            matches!(worker.copy_bandwidth(), Err(Error::Device(message)) if message.contains("no memory to copy"))
+        );
         assert_eq!(worker.submit(plan(3)).unwrap().finish().unwrap().token_ids.len(), 3);
     }
 

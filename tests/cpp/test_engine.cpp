@@ -322,6 +322,77 @@ void launching_ahead_changes_nothing() {
   CHECK(engine->free_pages() == options.pages);
 }
 
+void padding_changes_nothing_but_the_work() {
+  for (DType type : {DType::f32, DType::bf16}) {
+    const ModelSpec spec = random_model(3);
+    const Parameters parameters = random_parameters(spec);
+    EngineOptions options;
+    options.compute = options.weights = type;
+    options.page_size = 3;
+    const auto plain = make_engine(spec, parameters, options);
+    options.padded = true;
+    options.max_batch_tokens = 48;
+    const auto padded = make_engine(spec, parameters, options);
+    std::vector<std::vector<uint32_t>> prompts;
+    for (uint32_t length : {1u, 2u, 13u, 9u}) prompts.push_back(random_tokens(spec, length));
+    for (const auto& prompt : prompts) CHECK(whole(*padded, prompt) == whole(*plain, prompt));
+    CHECK(ragged(*padded, prompts) == ragged(*plain, prompts));
+    const EngineStatistics before = padded->statistics();
+
+    std::vector<StepItem> items;
+    for (const auto& prompt : prompts)
+      items.push_back({padded->add_sequence(prompt, 1, {}, false), static_cast<uint32_t>(prompt.size())});
+    test::check_throws("4 sequences of 13 tokens", [&] { padded->step(items); });
+    items[2].tokens = 12;
+    padded->step(items);
+    // One is gone and keeps its row; the filling is not counted as tokens.
+    padded->remove_sequence(items[0].sequence);
+    const StepItem rest{items[2].sequence, 1};
+    padded->step({&rest, 1});
+    CHECK(padded->statistics().tokens - before.tokens == 1 + 2 + 12 + 9 + 1);
+    const uint32_t late = padded->add_sequence(random_tokens(spec, 13), 1, {}, false);
+    const StepItem too_long{late, 13};
+    test::check_throws("4 sequences of 13 tokens", [&] { padded->step({&too_long, 1}); });
+    for (size_t i = 1; i < items.size(); ++i) padded->remove_sequence(items[i].sequence);
+    padded->remove_sequence(late);
+    const uint32_t alone = padded->add_sequence(random_tokens(spec, 48), 1, {}, false);
+    const StepItem all{alone, 48};  // nobody is left to be filled up
+    padded->step({&all, 1});
+  }
+}
+
+void steps_tokens_and_memory_are_counted() {
+  const ModelSpec spec = random_model(1);
+  EngineOptions options;
+  options.compute = options.weights = DType::f32;
+  const auto engine = make_engine(spec, random_parameters(spec), options);
+  const EngineStatistics fresh = engine->statistics();
+  CHECK(fresh.steps == 0 && fresh.tokens == 0 && fresh.bytes_read == 0 && fresh.flops == 0);
+  const MemoryBudget budget = memory_budget(spec, options);
+  const uint64_t planned = budget.weights + budget.kv_cache + budget.activations + budget.logits;
+  CHECK(fresh.memory >= planned && fresh.memory < planned + 4096 && fresh.peak_memory == fresh.memory);
+
+  const uint32_t id = engine->add_sequence(random_tokens(spec, 9), 9, {}, false);
+  const StepItem first{id, 6}, second{id, 3, true};
+  engine->step({&first, 1});
+  const EngineStatistics half = engine->statistics();
+  engine->step({&second, 1});
+  const EngineStatistics all = engine->statistics();
+  CHECK(half.steps == 1 && half.tokens == 6 && all.steps == 2 && all.tokens == 9 && all.captured_steps == 0);
+  CHECK(half.flops % 6 == 0);
+  const uint64_t head = uint64_t{spec.vocab_size} * spec.hidden_size;
+  CHECK(all.flops - half.flops == half.flops / 2 + 2 * head);
+  CHECK(all.bytes_read - half.bytes_read > half.bytes_read + head * sizeof(float));
+  test::check_throws("no token", [&] {
+    const StepItem none{id, 0};
+    engine->step({&none, 1});
+  });
+  CHECK(engine->statistics().steps == 2);
+
+  CHECK(engine->copy_bandwidth() > 1e8);
+  CHECK(engine->statistics().memory == fresh.memory && engine->statistics().peak_memory == fresh.memory);
+}
+
 void bad_models_and_options_are_refused() {
   auto refused = [](const std::string& text, auto change) {
     ModelSpec spec = random_model(3);
@@ -350,5 +421,7 @@ int main() {
   bad_calls_are_refused_and_change_nothing();
   a_failed_step_gives_its_pages_back();
   launching_ahead_changes_nothing();
+  padding_changes_nothing_but_the_work();
+  steps_tokens_and_memory_are_counted();
   bad_models_and_options_are_refused();
 }

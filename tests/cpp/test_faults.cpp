@@ -27,7 +27,9 @@ class FaultyBackend final : public Backend {
   uint64_t workspace_bytes(const WorkLimits& limits) const override { return uint64_t{limits.logit_rows} << 20; }
   void reserve(const WorkLimits&) override {}
   void* allocate(size_t bytes) override { return real_->allocate(bytes); }
-  void release(void* memory) noexcept override { real_->release(memory); }
+  void release(void* memory, size_t bytes) noexcept override { real_->release(memory, bytes); }
+  MemoryUse memory() const override { return real_->memory(); }
+  double copy_bandwidth() override { return real_->copy_bandwidth(); }
   void upload(void* to, const void* host, size_t bytes) override { real_->upload(to, host, bytes); }
   void download(void* host, const void* from, size_t bytes) override { real_->download(host, from, bytes); }
   void upload_as(void* to, DType to_type, const void* host, DType host_type, size_t count) override {

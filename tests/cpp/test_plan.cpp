@@ -3,6 +3,7 @@
 
 #include "check.h"
 #include "core/plan.h"
+#include "ops/backend.h"
 
 using namespace gemma_cuda;
 
@@ -63,4 +64,13 @@ int main() {
   CHECK((plan.logit_rows == Table{2, 4, 5}));
   tiles();
   filling_up(plan);
+
+  // Four sequences of three tokens, one of which has ended: the filling is nobody's.
+  const BatchPlan padded = pad(plan, 4);
+  CHECK(padded.tokens() == 12 && padded.positions.size() == 12 && padded.slots.size() == 12);
+  CHECK(std::equal(plan.ids.begin(), plan.ids.end(), padded.ids.begin()));
+  for (uint32_t row = 6; row < 12; ++row)
+    CHECK(padded.ids[row] == 0 && padded.positions[row] == 0 && padded.slots[row] == kNoSlot);
+  CHECK(padded.cu_seqlens == plan.cu_seqlens && padded.kv_len == plan.kv_len && padded.max_new == 3);
+  CHECK(padded.logit_rows == plan.logit_rows && padded.block_table == plan.block_table);
 }

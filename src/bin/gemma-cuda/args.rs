@@ -71,6 +71,7 @@ impl ModelArgs {
             graphs: !self.no_graphs,
             prefix_cache: !self.no_prefix_cache,
             check_weights: self.check_weights,
+            ..Default::default()
         }
     }
 

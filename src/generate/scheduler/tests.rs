@@ -12,7 +12,8 @@ use super::*;
 use crate::SamplingParams;
 use crate::checkpoint::GenerationConfig;
 
-const LIMITS: Limits = Limits { page_size: 4, pages: 16, max_batch_tokens: 8, max_sequences: 4, max_logit_rows: 4 };
+const LIMITS: Limits =
+    Limits { page_size: 4, pages: 16, max_batch_tokens: 8, max_chunk: 8, max_sequences: 4, max_logit_rows: 4 };
 
 fn plan(prompt: &[u32], max_new_tokens: usize) -> Plan {
     Plan {
@@ -238,10 +239,12 @@ proptest! {
         pages in 13usize..30,
         max_sequences in 1usize..6,
         spare_tokens in 0usize..10,
+        max_chunk in 1usize..12,
         ahead in any::<bool>(),
     ) {
         let limits = Limits {
-            pages, max_sequences, max_batch_tokens: max_sequences + spare_tokens, max_logit_rows: max_sequences,
+            pages, max_sequences, max_chunk, max_batch_tokens: max_sequences + spare_tokens,
+            max_logit_rows: max_sequences,
             ..LIMITS
         };
         let mut scheduler = scheduler(limits);
