@@ -41,12 +41,12 @@ struct Barriers {
   Barrier keys_full[kStages], values_full[kStages], keys_empty[kStages], values_empty[kStages];
 };
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
 // Where a 16-byte chunk of a row lies in a tile whose blocks are `block` bytes.
 __device__ uint32_t chunk_at(uint32_t tile, uint32_t block, int row, int chunk) {
   return tile + chunk / 8 * block + row * kRowBytes + ((chunk ^ row) % 8 << 4);
 }
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // A warp copies every fourth row of a tile; lane i knows where the i-th of them begins.
 template <int HeadDim, int Keys>
