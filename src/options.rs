@@ -67,7 +67,7 @@ pub struct LoadOptions {
     pub max_logit_rows: u32,
     /// Threads of the reference backend; 0 for all cores.
     pub threads: u32,
-    /// Capture decode steps as CUDA graphs. Without them each step costs some tenths of a millisecond more.
+    /// Capture steps of up to 2048 tokens as CUDA graphs. Without them each step costs some tenths of a millisecond more.
     pub graphs: bool,
     /// Keep the keys and values of finished requests as long as there is room, for prompts that start alike.
     pub prefix_cache: bool,

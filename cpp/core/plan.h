@@ -57,9 +57,10 @@ struct PassShape {
 // last, belong to no sequence, and see and write nothing, but everything that works row by row computes them.
 BatchPlan pad(const BatchPlan& plan, uint32_t sequences);
 
+constexpr uint32_t kShortPrompts = 16;  // tiles of a captured pass beyond those that its tokens fill
+
 // The shapes to capture, each larger than the one before in all but sequences: decode passes, then passes with prompts
 // in them. Those of many tokens are left out; they take so much longer than their launches that nothing is gained.
-constexpr uint32_t kShortPrompts = 16;  // tiles of a captured pass beyond those that its tokens fill
 std::vector<PassShape> captured_shapes(const PassShape& limits);
 
 // The plan with tokens that belong to no sequence, sequences without tokens and tiles of nothing, up to the shape.

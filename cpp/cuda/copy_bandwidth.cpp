@@ -5,42 +5,12 @@
 
 #include "cuda/check.h"
 #include "cuda/memory.h"
+#include "cuda/timer.h"
 
 namespace gemma_cuda::cuda {
 namespace {
 
 constexpr size_t kMost = size_t{1} << 30, kLeast = size_t{128} << 20;  // of one buffer; an L2 cache has 50 MB
-
-// Two events around work on a stream.
-class Timer {
- public:
-  Timer() {
-    GEMMA_CUDA_CHECK(cudaEventCreate(&begin_));
-    const cudaError_t status = cudaEventCreate(&end_);
-    if (status != cudaSuccess) cudaEventDestroy(begin_);
-    check(status, "cudaEventCreate");
-  }
-  ~Timer() {
-    cudaEventDestroy(begin_);
-    cudaEventDestroy(end_);
-  }
-  Timer(const Timer&) = delete;
-  Timer& operator=(const Timer&) = delete;
-
-  template <class F>
-  double seconds(cudaStream_t stream, F work) {
-    GEMMA_CUDA_CHECK(cudaEventRecord(begin_, stream));
-    work();
-    GEMMA_CUDA_CHECK(cudaEventRecord(end_, stream));
-    GEMMA_CUDA_CHECK(cudaEventSynchronize(end_));
-    float milliseconds = 0;
-    GEMMA_CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin_, end_));
-    return milliseconds / 1e3;
-  }
-
- private:
-  cudaEvent_t begin_ = nullptr, end_ = nullptr;
-};
 
 // As large as a buffer can be, with room left for others.
 size_t buffer_bytes() {

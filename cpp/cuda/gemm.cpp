@@ -10,6 +10,7 @@
 #include <bit>
 
 #include "cuda/check.h"
+#include "cuda/timer.h"
 
 namespace gemma_cuda::cuda {
 namespace {
@@ -19,23 +20,6 @@ constexpr int kCandidates = 8;
 constexpr int kRepeats = 6;
 
 cudaDataType_t data_type(DType dtype) { return dtype == DType::f32 ? CUDA_R_32F : CUDA_R_16BF; }
-
-// Times what `work` puts on a stream.
-template <class F>
-float milliseconds(cudaStream_t stream, F work) {
-  struct Event {
-    cudaEvent_t event;
-    Event() { GEMMA_CUDA_CHECK(cudaEventCreate(&event)); }
-    ~Event() { cudaEventDestroy(event); }
-  } begin, end;
-  GEMMA_CUDA_CHECK(cudaEventRecord(begin.event, stream));
-  work();
-  GEMMA_CUDA_CHECK(cudaEventRecord(end.event, stream));
-  GEMMA_CUDA_CHECK(cudaEventSynchronize(end.event));
-  float time = 0;
-  GEMMA_CUDA_CHECK(cudaEventElapsedTime(&time, begin.event, end.event));
-  return time;
-}
 
 // Rows that are computed for so many: few shapes, so that each is planned once, and none much too large.
 uint32_t rounded_rows(uint32_t rows) {
@@ -143,11 +127,12 @@ void Gemm::choose(Plan& plan, const Key& shape, const GemmArgs& args, cudaStream
 
 cublasLtMatmulAlgo_t Gemm::find_fastest(const Plan& plan, const GemmArgs& args, cudaStream_t stream) {
   cublasLtMatmulAlgo_t fastest = plan.algorithm;
-  float best = 0;
+  Timer timer;
+  double best = 0;
   bool first = true;
   for (const cublasLtMatmulHeuristicResult_t& candidate : candidates(plan)) {
     if (call(plan, candidate.algo, args, stream) != CUBLAS_STATUS_SUCCESS) continue;  // warm-up; some cannot run
-    const float time = milliseconds(stream, [&] {
+    const double time = timer.seconds(stream, [&] {
       for (int i = 0; i < kRepeats; ++i) lt_.check(call(plan, candidate.algo, args, stream), "cublasLtMatmul");
     });
     if (!first && time >= best) continue;

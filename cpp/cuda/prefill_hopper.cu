@@ -5,9 +5,6 @@
 // size will do), and gives most of its registers to them. A consumer starts S = Q K^T of a tile, then O += P V of the
 // tile before, and computes the softmax of S while the second product runs; the other warpgroup's products fill what
 // gaps are left. Q lies in shared memory, P and O in registers.
-//
-// A tile of keys is used for 128 queries, so at head_dim 256 the products need 64 bytes from L2 for 128 x 256
-// multiplications: arithmetic is the limit, not L2.
 #include "cuda/barrier.cuh"
 #include "cuda/ops.h"
 #include "cuda/prefill.cuh"

@@ -45,7 +45,7 @@ pub struct ModelArgs {
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: u32,
 
-    /// Do not capture decode steps as CUDA graphs
+    /// Do not capture steps as CUDA graphs
     #[arg(long)]
     pub no_graphs: bool,
     /// Do not reuse keys and values of earlier prompts

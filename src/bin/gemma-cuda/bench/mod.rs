@@ -40,7 +40,7 @@ the device so far. The last column is a hash of all new tokens: equal tokens, eq
   padded           every prompt filled up to the longest of its batch, the next batch when the last of one has ended
                    (everything but attention computes the filling)
   ragged           sequences end to end, nothing filled up; requests join and leave as they come and go
-  ragged + graphs  decode steps captured as CUDA graphs as well
+  ragged + graphs  steps of up to 2048 tokens captured as CUDA graphs as well
 and says how many requests got the same tokens as in the first row; for the others, how far apart the log-probabilities
 of the two tokens were where they part.
 
@@ -85,7 +85,7 @@ pub struct Args {
     #[arg(long, default_value_t = 8192, value_name = "TOKENS")]
     max_batch_tokens: u32,
 
-    /// Do not capture decode steps as CUDA graphs
+    /// Do not capture steps as CUDA graphs
     #[arg(long)]
     no_graphs: bool,
 
