@@ -80,7 +80,7 @@ pub(crate) mod ffi {
         max_logit_rows: u32,
         /// Threads of the reference backend; 0 for all cores.
         threads: u32,
-        /// Capture decode steps as graphs, where the device can.
+        /// Capture steps of up to 2048 tokens as graphs, where the device can.
         graphs: bool,
         /// Keep the pages of finished sequences and reuse them for prompts that start alike.
         prefix_cache: bool,
