@@ -80,7 +80,7 @@ Names names(const DeviceInfo& device) {
 }
 
 uint64_t workspace_of(const DeviceInfo& device, const WorkLimits& limits) {
-  return Gemm::kWorkspaceBytes + PinnedRing::kPieceBytes + Sampler::reserved_bytes(limits.logit_rows, limits.vocab) +
+  return Gemm::kReservedBytes + PinnedRing::kPieceBytes + Sampler::reserved_bytes(limits.logit_rows, limits.vocab) +
          decode_scratch_bytes(device, limits.head_dim, limits.group);
 }
 
@@ -122,7 +122,7 @@ class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(int index) : device_(device_info(index)), names_(names(device_)) {
     const DeviceScope scope(index);
-    gemm_ = std::make_unique<Gemm>(names_.kind);
+    gemm_ = std::make_unique<Gemm>(device_, names_.kind);
     GEMMA_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   }
   ~CudaBackend() override {
@@ -210,7 +210,7 @@ class CudaBackend final : public Backend {
     on_device([&] { cuda::norm(args, stream()); });
   }
   void gemm(const GemmArgs& args) override {
-    on_device([&] { gemm_->run(args, stream_); });
+    on_device([&] { gemm_->run(args, stream()); });
   }
   void rope(const RopeArgs& args) override {
     on_device([&] { cuda::rope(args, stream()); });

@@ -15,6 +15,13 @@ __device__ inline void init(Barrier& barrier, uint32_t arrivals) {
 __device__ inline void arrive(Barrier& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
+// Arrives, and makes the phase also wait for so many bytes that tensor copies (tensor_map.cuh) bring.
+__device__ inline void arrive_expecting(Barrier& barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+               : "memory");
+}
+// Makes the initial state visible to tensor copies.
+__device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Arrives when all copies that this thread has started (copy_async) are done.
 __device__ inline void arrive_after_copies(Barrier& barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");

@@ -1,9 +1,9 @@
 // cuBLASLt sees column-major matrices: our row-major w [n, k] is its k x n, x [t, k] its k x t, out [t, n] its n x t.
 // So out^T = (w as it sees it)^T x: both inputs run along k, the form for which it has the most kernels.
 //
-// At the few rows of decode a product is bound by reading w, and the algorithm the library guesses first is up to a
-// fifth slower than its best; so there the candidates are timed before the first step, on the model's own weights. What
-// was found is shared by all engines of the machine: by timing alone each would come to another choice and other bits.
+// The algorithm the library guesses first is up to a fifth slower than its best; so the candidates are timed before the
+// first step, on the model's own weights, for every shape that will be recorded and for the largest. What was found is
+// shared by all engines of the machine: by timing alone each would come to another choice and other bits.
 #include "cuda/gemm.h"
 
 #include <algorithm>
@@ -15,7 +15,6 @@
 namespace gemma_cuda::cuda {
 namespace {
 
-constexpr uint32_t kSearchedTokens = 256;  // at most: beyond them the product is bound by arithmetic
 constexpr int kCandidates = 8;
 constexpr int kRepeats = 6;
 
@@ -31,7 +30,8 @@ uint32_t rounded_rows(uint32_t rows) {
 
 }  // namespace
 
-Gemm::Gemm(std::string device) : lt_(CublasLt::get()), cache_(AlgorithmCache::shared()), device_(std::move(device)) {
+Gemm::Gemm(const DeviceInfo& device, std::string kind)
+    : lt_(CublasLt::get()), cache_(AlgorithmCache::shared()), device_(device), kind_(std::move(kind)) {
   lt_.check(lt_.create(&handle_), "cublasLtCreate");
 }
 
@@ -50,7 +50,17 @@ void Gemm::search(bool on) {
   if (!on) cache_.save();
 }
 
-void Gemm::run(GemmArgs args, cudaStream_t stream) {
+void Gemm::reserve() {
+  workspace_.get<char>(std::max(kWorkspaceBytes, skinny_partial_bytes(device_)));
+  if (arrivals_.bytes() > 0) return;
+  GEMMA_CUDA_CHECK(cudaMemset(arrivals_.get<char>(kSkinnyArrivalBytes), 0, kSkinnyArrivalBytes));
+}
+
+void Gemm::run(GemmArgs args, const Stream& on) {
+  reserve();
+  if (skinny_gemm_fits(args, device_))
+    return skinny_gemm(args, device_, workspace_.get<char>(0), arrivals_.get<uint32_t>(0), on);
+  const cudaStream_t stream = on.stream;
   if (const uint32_t rows = rounded_rows(args.tokens); rows <= args.capacity) args.tokens = rows;
   const Key key{args.tokens, args.w.rows, args.w.cols, args.out_dtype};
   auto found = plans_.find(key);
@@ -60,7 +70,7 @@ void Gemm::run(GemmArgs args, cudaStream_t stream) {
     found = plans_.emplace(key, plan).first;
   }
   Plan& plan = found->second;
-  if (searches_ && !plan.searched && args.tokens <= kSearchedTokens) choose(plan, key, args, stream);
+  if (searches_ && !plan.searched) choose(plan, key, args, stream);
   lt_.check(call(plan, plan.algorithm, args, stream), "cublasLtMatmul");
 }
 
@@ -99,7 +109,7 @@ std::vector<cublasLtMatmulHeuristicResult_t> Gemm::candidates(const Plan& plan) 
 
 std::string Gemm::cache_key(const Key& shape) const {
   const auto& [tokens, n, k, out] = shape;
-  return device_ + "; cuBLASLt " + std::to_string(lt_.version()) + "; bf16 " + std::to_string(tokens) + " x " +
+  return kind_ + "; cuBLASLt " + std::to_string(lt_.version()) + "; bf16 " + std::to_string(tokens) + " x " +
          std::to_string(n) + " x " + std::to_string(k) + " to " + (out == DType::f32 ? "f32" : "bf16") +
          "; workspace " + std::to_string(kWorkspaceBytes);
 }

@@ -1,4 +1,4 @@
-// out = x w^T through cuBLASLt.
+// out = x w^T: by our own kernel for a few rows where there is one (skinny_gemm.h), else through cuBLASLt.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,28 +10,32 @@
 
 #include "cuda/cublaslt.h"
 #include "cuda/memory.h"
+#include "cuda/ops.h"
+#include "cuda/skinny_gemm.h"
 #include "ops/backend.h"
 #include "support/algorithm_cache.h"
 
 namespace gemma_cuda::cuda {
 
 class Gemm {
+  static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
+
  public:
-  // `device` is the current one and names it to the cache of algorithms.
-  explicit Gemm(std::string device);
+  // `device` is the current one; `kind` names it to the cache of algorithms.
+  Gemm(const DeviceInfo& device, std::string kind);
   ~Gemm();
   Gemm(const Gemm&) = delete;
   Gemm& operator=(const Gemm&) = delete;
 
-  // While it is on, the first call of a shape with few tokens takes the algorithm that the cache has, or times the
+  // While it is on, the first call of a shape takes the algorithm that the cache has, or times the
   // library's candidates and keeps the fastest there.
   void search(bool on);
-  void run(GemmArgs args, cudaStream_t stream);
+  void run(GemmArgs args, const Stream& stream);
 
   // Takes the memory that products need; it is used by one stream at a time.
-  void reserve() { workspace_.get<char>(kWorkspaceBytes); }
-  size_t device_bytes() const { return workspace_.bytes(); }
-  static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
+  void reserve();
+  size_t device_bytes() const { return workspace_.bytes() + arrivals_.bytes(); }
+  static constexpr size_t kReservedBytes = kWorkspaceBytes + kSkinnyArrivalBytes;
 
  private:
   // Everything a call of one shape needs.
@@ -54,9 +58,10 @@ class Gemm {
 
   const CublasLt& lt_;
   AlgorithmCache& cache_;
-  const std::string device_;
+  const DeviceInfo device_;
+  const std::string kind_;
   cublasLtHandle_t handle_ = nullptr;
-  DeviceScratch workspace_;
+  DeviceScratch workspace_, arrivals_;
   bool searches_ = false;
   std::map<Key, Plan> plans_;
 };

@@ -49,6 +49,34 @@ __device__ inline void grow_registers() {
 // b's rows being the inner dimension. `keep` false: d is overwritten.
 #define GEMMA_CUDA_FRAGMENT(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
 
+__device__ inline void multiply_columns(float (&d)[1][4], uint64_t a, uint64_t b, bool keep) {
+  asm volatile(
+      "{.reg .pred keep; setp.ne.b32 keep, %6, 0; "
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3}, "
+      "%4, %5, keep, 1, 1, 0, 0;}"
+      : GEMMA_CUDA_FRAGMENT(d[0])
+      : "l"(a), "l"(b), "r"(int{keep}));
+}
+__device__ inline void multiply_columns(float (&d)[2][4], uint64_t a, uint64_t b, bool keep) {
+  asm volatile(
+      "{.reg .pred keep; setp.ne.b32 keep, %10, 0; "
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7}, "
+      "%8, %9, keep, 1, 1, 0, 0;}"
+      : GEMMA_CUDA_FRAGMENT(d[0]), GEMMA_CUDA_FRAGMENT(d[1])
+      : "l"(a), "l"(b), "r"(int{keep}));
+}
+__device__ inline void multiply_columns(float (&d)[4][4], uint64_t a, uint64_t b, bool keep) {
+  asm volatile(
+      "{.reg .pred keep; setp.ne.b32 keep, %18, 0; "
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, "
+      "%8, %9, %10, %11, %12, %13, %14, %15}, "
+      "%16, %17, keep, 1, 1, 0, 0;}"
+      : GEMMA_CUDA_FRAGMENT(d[0]), GEMMA_CUDA_FRAGMENT(d[1]), GEMMA_CUDA_FRAGMENT(d[2]), GEMMA_CUDA_FRAGMENT(d[3])
+      : "l"(a), "l"(b), "r"(int{keep}));
+}
 __device__ inline void multiply_columns(float (&d)[8][4], uint64_t a, uint64_t b, bool keep) {
   asm volatile(
       "{.reg .pred keep; setp.ne.b32 keep, %34, 0; "

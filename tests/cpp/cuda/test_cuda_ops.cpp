@@ -182,6 +182,20 @@ class Suite {
     }
   }
 
+  // The kernel of sm_90a for few rows adds in one order, whatever the batch.
+  void same_rows_in_every_batch(uint32_t n, uint32_t k) {
+    if (gpu_->name().find("sm_90") == std::string::npos || k % 8 != 0) return;
+    const uint32_t most = 32;
+    auto x = random(size_t{most} * k), w = random(size_t{n} * k, 0.1f), out = poisoned(size_t{most} * n);
+    const auto rows = [&](uint32_t t) {
+      gpu_->gemm({x.gpu(), {w.gpu(), DType::bf16, n, k}, out.gpu(), DType::bf16, t});
+      return download(out);
+    };
+    const vector<bf16> all = rows(most);
+    for (uint32_t t : {1u, 8u, 11u, 16u, 25u, 32u})
+      CHECK(std::memcmp(rows(t).data(), all.data(), size_t{t} * n * sizeof(bf16)) == 0);
+  }
+
   void geglu(const Model& m) {
     auto x = random(size_t{5} * 2 * m.ffn, 3);
     auto out = poisoned(size_t{5} * m.ffn);
@@ -347,7 +361,7 @@ class Suite {
     norm(m);
     geglu(m);
     const uint32_t width = m.heads * m.head_dim, qkv = (m.heads + 2 * m.kv_heads) * m.head_dim;
-    for (uint32_t t : {1u, 3u, 64u}) {
+    for (uint32_t t : {1u, 3u, 9u, 17u, 32u, 64u}) {
       gemm(t, qkv, m.hidden, DType::bf16);
       gemm(t, m.hidden, width, DType::bf16);
     }
@@ -355,6 +369,8 @@ class Suite {
     gemm(5, m.hidden, m.ffn, DType::bf16);
     gemm(300, qkv, m.hidden, DType::bf16);
     gemm(2, m.vocab / 8, m.hidden, DType::f32);
+    gemm(33, m.vocab / 8 + 1, m.hidden, DType::f32);
+    same_rows_in_every_batch(m.hidden, m.ffn);
     const uint32_t w = m.window;
     for (uint32_t page_size : {1u, 5u, 32u}) {
       const Batch ragged(page_size, {{0, 1}, {17, 1}, {31, 2}, {0, 70}, {100, 33}, {3, 1}, {1, 64}, {63, 65}});

@@ -1,0 +1,22 @@
+// out = x w^T for the few rows of decode, where the time is the time to read w once.
+#pragma once
+
+#include <cstddef>
+
+#include "cuda/ops.h"
+
+namespace gemma_cuda::cuda {
+
+constexpr uint32_t kSkinnyTokens = 32;  // at most
+
+// Whether skinny_gemm() has a kernel for the device and the product.
+bool skinny_gemm_fits(const GemmArgs& args, const DeviceInfo& device);
+
+// `partials` holds skinny_partial_bytes(), whatever is in them; `arrivals` kSkinnyArrivalBytes of zeros, and has zeros
+// again afterwards. Both are used by one stream at a time.
+void skinny_gemm(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals,
+                 const Stream& stream);
+size_t skinny_partial_bytes(const DeviceInfo& device);
+constexpr size_t kSkinnyArrivalBytes = size_t{64} << 10;
+
+}  // namespace gemma_cuda::cuda
