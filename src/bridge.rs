@@ -183,6 +183,9 @@ pub(crate) mod ffi {
         scored: Vec<ScoredToken>,
         logits: Vec<f32>,
         hidden: Vec<f32>,
+        /// Why the sequence can only be removed: it has logits that are not finite. Empty where all is well; else
+        /// nothing is sampled or scored.
+        failure: String,
     }
 
     /// Where a sequence stands.

@@ -239,8 +239,8 @@ impl Engine {
     /// Waits for the oldest launched step; outputs in the order of its items.
     ///
     /// # Errors
-    /// `InvalidArgument` if none is launched; `Device` if the device failed, and `Engine` for logits that are not finite:
-    /// the sequences of that step can then only be removed.
+    /// `InvalidArgument` if none is launched; `Device` if the device failed. A sequence whose logits are not finite says
+    /// so in its output; the others go on.
     pub fn collect(&mut self) -> Result<Vec<ItemOutput>> {
         Ok(self.core.pin_mut().collect()?)
     }

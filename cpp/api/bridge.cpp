@@ -118,8 +118,8 @@ std::vector<gemma_cuda::StepItem> from_rust(rust::Slice<const StepItem> items) {
 rust::Vec<ItemOutput> to_rust(const std::vector<gemma_cuda::ItemOutput>& outputs) {
   rust::Vec<ItemOutput> out;
   for (const gemma_cuda::ItemOutput& item : outputs)
-    out.push_back(
-        {item.sequence, to_rust(item.sampled), to_rust(item.scored), to_rust(item.logits), to_rust(item.hidden)});
+    out.push_back({item.sequence, to_rust(item.sampled), to_rust(item.scored), to_rust(item.logits),
+                   to_rust(item.hidden), rust::String(item.failure)});
   return out;
 }
 

@@ -12,6 +12,7 @@
 #include "core/memory.h"
 #include "core/pages.h"
 #include "core/plan.h"
+#include "core/sample_plan.h"
 #include "core/sequence.h"
 #include "core/weights.h"
 #include "ops/backend.h"
@@ -72,10 +73,11 @@ struct Engine::Launched {
     StepItem item;
     uint64_t serial;  // of its sequence
     uint32_t cached;  // tokens of its sequence in the cache after the step
+    uint32_t scores = 0;
   };
   uint64_t number = 0;  // counted from 1
   std::vector<Item> items;
-  std::vector<ItemOutput> outputs;  // all but the sampled tokens
+  std::vector<ItemOutput> outputs;  // all but the tokens that are sampled or scored
 };
 
 namespace {
@@ -230,6 +232,7 @@ uint32_t Engine::add_sequence(std::span<const uint32_t> tokens, uint32_t prompt_
   sequence.tokens.assign(tokens.begin(), tokens.end());
   sequence.prompt_tokens = prompt_tokens;
   sequence.sampling = sampling;
+  sequence.sampling.top_logprobs = std::min(sampling.top_logprobs, s.spec.vocab_size);
   if (reuse_prefix) sequence.pages = s.pages.take_prefix(tokens, sequence.chain);
   sequence.published = static_cast<uint32_t>(sequence.pages.size());
   sequence.cached = sequence.published * s.pages.page_size();
@@ -241,6 +244,7 @@ uint32_t Engine::add_sequence(std::span<const uint32_t> tokens, uint32_t prompt_
 void Engine::append_tokens(uint32_t id, std::span<const uint32_t> tokens) {
   Sequence& sequence = state_->sequence(id);
   state_->require_tokens(tokens);
+  require(!sequence.failed, "sequence " + number(id) + " has failed and can only be removed");
   require(!sequence.pending(), "sequence " + number(id) + " has a token that is not collected yet");
   require(sequence.tokens.size() + tokens.size() <= state_->spec.max_positions,
           number(sequence.tokens.size()) + " + " + number(tokens.size()) + " tokens are more than the model's " +
@@ -270,6 +274,7 @@ namespace {
 // Everything that can be wrong with a step, before anything is changed.
 void validate_item(const StepItem& item, const Sequence& sequence, const ModelSpec& spec) {
   const std::string who = "sequence " + number(item.sequence);
+  require(!sequence.failed, who + " has failed and can only be removed");
   require(item.tokens >= 1, who + " is to be fed no token");
   require(item.tokens <= sequence.length() - sequence.cached,
           who + " is to be fed " + number(item.tokens) + " tokens but has " +
@@ -360,8 +365,9 @@ void Engine::launch(std::span<const StepItem> items) {
     if (s.options.padded) plan = pad(plan, batch);
     const bool keep_hidden = std::ranges::any_of(items, &StepItem::hidden);
     std::vector<std::vector<float>> hidden;
-    const float* logits = s.forward.run(plan, s.last_tokens.as<uint32_t>(), keep_hidden ? &hidden : nullptr);
-    ask(step, plan, logits, hidden);
+    const float* logits =
+        s.forward.run(plan, plan_samples(step), s.last_tokens.as<uint32_t>(), keep_hidden ? &hidden : nullptr);
+    copy_out(step, plan, logits, hidden);
     s.count(plan, !keep_hidden && s.forward.is_captured(plan));
   } catch (...) {
     for (const StepItem& item : items) s.give_back_unused(s.sequence(item.sequence));
@@ -373,36 +379,33 @@ void Engine::launch(std::span<const StepItem> items) {
   s.launched.push_back(std::move(step));
 }
 
-// Scores and copies what the items ask for, and starts sampling.
-void Engine::ask(Launched& step, const BatchPlan& plan, const float* logits,
-                 const std::vector<std::vector<float>>& hidden) {
+// What the items ask of their rows of logits: first an item's scores, then its sampled token.
+SamplePlan Engine::plan_samples(Launched& step) {
+  SamplePlan samples;
+  uint32_t row = 0;
+  for (Launched::Item& launched : step.items) {
+    const StepItem& item = launched.item;
+    const Sequence& sequence = state_->sequence(item.sequence);
+    const uint32_t next = sequence.cached + 1;
+    if (item.score) launched.scores = std::min(item.tokens, sequence.length() - next);
+    for (uint32_t i = 0; i < launched.scores; ++i)
+      samples.score(row + i, sequence.tokens[next + i], sequence.sampling.top_logprobs);
+    row += logit_rows(item);
+    if (item.sample) samples.pick(row - 1, item.sequence, sequence.sampling, sequence.tokens, sequence.prompt_tokens);
+  }
+  return samples;
+}
+
+// Logits and hidden states that the items ask for.
+void Engine::copy_out(Launched& step, const BatchPlan& plan, const float* logits,
+                      const std::vector<std::vector<float>>& hidden) {
   State& s = *state_;
   const uint32_t vocab = s.spec.vocab_size;
-  std::vector<SampleRow> samples;
-  std::vector<ScoreRow> scores;
   uint32_t row = 0;
-  for (const auto& [item, serial, cached] : step.items) {
-    const Sequence& sequence = s.sequence(item.sequence);
-    const uint32_t rows = logit_rows(item);
-    if (item.score)
-      for (uint32_t i = 0; i < item.tokens && sequence.cached + i + 1 < sequence.length(); ++i)
-        scores.push_back({row + i, sequence.tokens[sequence.cached + i + 1], sequence.sampling.top_logprobs});
-    if (item.sample)
-      samples.push_back({row + rows - 1, item.sequence, &sequence.sampling, sequence.tokens, sequence.prompt_tokens});
-    row += rows;
-  }
-  std::vector<ScoredToken> scored;
-  if (!scores.empty()) scored = s.backend->score(logits, vocab, scores);
-  size_t next_score = 0;
-  row = 0;
   for (size_t i = 0; i < step.items.size(); ++i) {
     const StepItem& item = step.items[i].item;
-    const Sequence& sequence = s.sequence(item.sequence);
     ItemOutput& output = step.outputs.emplace_back();
     output.sequence = item.sequence;
-    if (item.score)
-      for (uint32_t k = 0; k < item.tokens && sequence.cached + k + 1 < sequence.length(); ++k)
-        output.scored.push_back(scored[next_score++]);
     if (item.logits) {
       output.logits.resize(size_t{item.tokens} * vocab);
       s.backend->download(output.logits.data(), logits + size_t{row} * vocab, output.logits.size() * sizeof(float));
@@ -410,12 +413,11 @@ void Engine::ask(Launched& step, const BatchPlan& plan, const float* logits,
     if (item.hidden) output.hidden = rows_of(hidden, plan.cu_seqlens[i], item.tokens, s.spec.hidden_size);
     row += logit_rows(item);
   }
-  s.backend->start_sample(logits, vocab, samples, s.last_tokens.as<uint32_t>());
 }
 
 // What is known of the sequences once the step is on its way.
 void Engine::advance(const Launched& step) {
-  for (const auto& [item, serial, cached] : step.items) {
+  for (const auto& [item, serial, cached, scores] : step.items) {
     Sequence& sequence = state_->sequence(item.sequence);
     sequence.cached = cached;
     if (item.sample) sequence.tokens.push_back(kPendingToken + item.sequence);
@@ -428,25 +430,31 @@ std::vector<ItemOutput> Engine::collect() {
   require(!s.launched.empty(), "no step is launched");
   Launched step = std::move(s.launched.front());
   s.launched.pop_front();
-  std::vector<ScoredToken> sampled;
+  std::vector<std::optional<ScoredToken>> results;
   try {
-    sampled = s.backend->finish_sample();
+    results = s.backend->finish_results();
   } catch (...) {
     s.step_failed(step.number, s.steps);
   }
   const uint32_t size = s.pages.page_size();
-  size_t next_sample = 0;
+  std::span<const std::optional<ScoredToken>> left = results;
   for (size_t i = 0; i < step.items.size(); ++i) {
     const Launched::Item& item = step.items[i];
+    const auto own = left.first(item.scores + item.item.sample);
+    left = left.subspan(own.size());
     Sequence* sequence = s.sequence(item);
-    if (item.item.sample) {
-      const ScoredToken& token = sampled[next_sample++];
-      if (sequence != nullptr) {
-        sequence->tokens[item.cached] = token.token;  // the pending one that follows what the step fed
-        step.outputs[i].sampled.push_back(token);
-      }
-    }
     if (sequence == nullptr) continue;
+    ItemOutput& output = step.outputs[i];
+    sequence->failed |= std::ranges::any_of(own, [](const auto& result) { return !result.has_value(); });
+    if (sequence->failed) {
+      output.failure = "the model's logits are not finite; `gemma-cuda inspect --check` finds damaged weights";
+      continue;
+    }
+    for (const auto& result : own.first(item.scores)) output.scored.push_back(*result);
+    if (item.item.sample) {
+      output.sampled.push_back(*own.back());
+      sequence->tokens[item.cached] = own.back()->token;  // the pending one that follows what the step fed
+    }
     for (; (sequence->published + 1) * size <= item.cached; ++sequence->published)
       sequence->chain = s.pages.publish(sequence->pages[sequence->published], sequence->chain,
                                         std::span(sequence->tokens).subspan(size_t{sequence->published} * size, size));

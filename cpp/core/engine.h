@@ -41,6 +41,7 @@ struct EngineOptions {
 };
 
 struct BatchPlan;
+struct SamplePlan;
 class Backend;
 
 // Bytes of the device's memory an engine takes: all of it before its first step, but for the kernels and recorded
@@ -68,6 +69,9 @@ struct ItemOutput {
   std::vector<ScoredToken> scored;
   std::vector<float> logits;
   std::vector<float> hidden;
+  // Why the sequence can only be removed: it has logits that are not finite. Empty where all is well; else nothing is
+  // sampled or scored.
+  std::string failure;
 };
 
 // What an engine has done since it was made. The numbers of a stretch are the difference of two of these.
@@ -119,7 +123,6 @@ class Engine {
   // step that feeds it can be launched before collect() waits for it, so that the device never waits for the host. Up
   // to kMaxAhead steps may be launched and not collected; a sequence may be removed in between, and then its outputs
   // are empty. Penalties look at all tokens, so a sequence with them can be sampled only when none is pending.
-  // After collect() threw, the sequences of that step can only be removed.
   void launch(std::span<const StepItem> items);
   std::vector<ItemOutput> collect();
   // Whether launching ahead gains anything: a device that is not asynchronous has computed when launch() returns.
@@ -132,7 +135,9 @@ class Engine {
 
  private:
   struct Launched;
-  void ask(Launched& step, const BatchPlan& plan, const float* logits, const std::vector<std::vector<float>>& hidden);
+  SamplePlan plan_samples(Launched& step);
+  void copy_out(Launched& step, const BatchPlan& plan, const float* logits,
+                const std::vector<std::vector<float>>& hidden);
   void advance(const Launched& step);
   struct State;
   std::unique_ptr<State> state_;

@@ -24,10 +24,15 @@ uint64_t pages_per_sequence(const ModelSpec& spec, const ForwardLimits& limits) 
   return std::min<uint64_t>(limits.pages, (uint64_t{spec.max_positions} + limits.page_size - 1) / limits.page_size);
 }
 
-// Words of the largest plan, captured or not.
-uint64_t table_words(const ModelSpec& spec, const ForwardLimits& limits) {
+uint64_t sample_table_bytes(const ModelSpec& spec, uint64_t rows) {
+  return rows * sizeof(SampleTask) + uint64_t{spec.vocab_size} * sizeof(Adjustment);
+}
+
+// Of the largest plan, captured or not.
+uint64_t table_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
   const uint64_t s = limits.sequences, t = limits.tokens, tiles = t / kQueryTile + std::max<uint64_t>(s, kShortPrompts);
-  return 3 * t + 2 * s + 1 + s * pages_per_sequence(spec, limits) + limits.logit_rows + 2 * tiles;
+  const uint64_t words = 3 * t + 2 * s + 1 + s * pages_per_sequence(spec, limits) + limits.logit_rows + 2 * tiles;
+  return words * sizeof(uint32_t) + alignof(SampleTask) + sample_table_bytes(spec, limits.logit_rows);
 }
 
 // sqrt(hidden), as the activations' type holds it.
@@ -45,7 +50,7 @@ Forward::Forward(Backend& backend, const ModelSpec& spec, const Weights& weights
       limits_(limits),
       embedding_scale_(embedding_scale(spec, limits.act)) {
   const uint64_t t = limits.tokens, r = limits.logit_rows, act = size_of(limits.act);
-  table_memory_ = Buffer(backend, table_words(spec, limits) * sizeof(uint32_t));
+  table_memory_ = Buffer(backend, table_bytes(spec, limits));
 
   const uint64_t q = widest(spec, [](const LayerSpec& l) { return l.q_width(); });
   const uint64_t qkv = widest(spec, [](const LayerSpec& l) { return l.qkv_width(); });
@@ -76,7 +81,7 @@ uint64_t Forward::activation_bytes(const ModelSpec& spec, const ForwardLimits& l
   const uint64_t t = limits.tokens, r = limits.logit_rows, act = size_of(limits.act);
   const uint64_t q = widest(spec, [](const LayerSpec& l) { return l.q_width(); });
   const uint64_t qkv = widest(spec, [](const LayerSpec& l) { return l.qkv_width(); });
-  return table_words(spec, limits) * sizeof(uint32_t) + t * spec.hidden_size * sizeof(float) +
+  return table_bytes(spec, limits) + t * spec.hidden_size * sizeof(float) +
          act *
              (t * (2 * uint64_t{spec.hidden_size} + qkv + 2 * q + 3 * uint64_t{spec.ffn_size}) + r * spec.hidden_size);
 }
@@ -85,15 +90,21 @@ uint64_t Forward::logit_bytes(const ModelSpec& spec, const ForwardLimits& limits
   return uint64_t{limits.logit_rows} * spec.vocab_size * sizeof(float);
 }
 
-const float* Forward::run(const BatchPlan& plan, const uint32_t* last_tokens, std::vector<std::vector<float>>* hidden) {
+const float* Forward::run(const BatchPlan& plan, const SamplePlan& samples, uint32_t* last_tokens,
+                          std::vector<std::vector<float>>* hidden) {
   last_tokens_ = last_tokens;
+  const SamplePlan nothing;
+  const SamplePlan& within = holds(samples) ? samples : nothing;
   if (const CapturedPass* found = hidden == nullptr ? captured(plan) : nullptr) {
-    upload(fill_up(plan, found->shape));
+    upload(fill_up(plan, found->shape), within);
     found->graph->launch();
   } else {
-    upload(plan);
+    upload(plan, within);
     pass(plan, hidden);
   }
+  if (!holds(samples)) sample_behind(samples);
+  const uint32_t stride = holds(samples) ? kTopRoom : samples.max_top;
+  backend_.start_results(static_cast<uint32_t>(samples.tasks.size()), samples.max_top == 0 ? 0 : stride);
   return act_.logits.as<float>();
 }
 
@@ -104,14 +115,14 @@ const Forward::CapturedPass* Forward::captured(const BatchPlan& plan) const {
   return found == captured_.end() ? nullptr : &*found;
 }
 
-void Forward::warm_up(const uint32_t* last_tokens) {
+void Forward::warm_up(uint32_t* last_tokens) {
   if (!backend_.captures()) return;
   last_tokens_ = last_tokens;
   BatchPlan nobody;
   nobody.cu_seqlens = {0};
   auto run_once = [&](const PassShape& shape) {
     const BatchPlan plan = fill_up(nobody, shape);
-    upload(plan);
+    upload(plan, {});
     pass(plan, nullptr);  // libraries choose their algorithms, scratch memory grows: nothing that can be recorded
     return plan;
   };
@@ -156,17 +167,18 @@ void Forward::pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidde
   }
   if (hidden != nullptr) replace_last_hidden(*hidden, tokens);
   logits(plan);
+  sample(tables_.tasks, tables_.adjustments, 0, static_cast<uint32_t>(plan.logit_rows.size()), kTopRoom);
 }
 
-void Forward::upload(const BatchPlan& plan) {
-  const uint32_t* device = table_memory_.as<uint32_t>();
-  std::vector<uint32_t> words;
-  auto put = [&](const std::vector<uint32_t>& part) {
-    const uint32_t* at = device + words.size();
-    words.insert(words.end(), part.begin(), part.end());
-    return at;
+void Forward::upload(const BatchPlan& plan, const SamplePlan& samples) {
+  std::vector<char> bytes;
+  auto put = [&]<class T>(const std::vector<T>& part) {
+    bytes.resize((bytes.size() + alignof(T) - 1) / alignof(T) * alignof(T));
+    const char* device = table_memory_.as<char>() + bytes.size();
+    const char* host = reinterpret_cast<const char*>(part.data());
+    bytes.insert(bytes.end(), host, host + part.size() * sizeof(T));
+    return reinterpret_cast<const T*>(device);
   };
-  static_assert(sizeof(QueryTile) == 2 * sizeof(uint32_t));
   tables_.ids = put(plan.ids);
   tables_.positions = put(plan.positions);
   tables_.slots = put(plan.slots);
@@ -174,9 +186,12 @@ void Forward::upload(const BatchPlan& plan) {
   tables_.kv_len = put(plan.kv_len);
   tables_.block_table = put(plan.block_table);
   tables_.logit_rows = put(plan.logit_rows);
-  tables_.query_tiles = reinterpret_cast<const QueryTile*>(device + words.size());
-  for (const QueryTile& tile : plan.query_tiles) words.insert(words.end(), {tile.sequence, tile.row});
-  backend_.upload(table_memory_.data(), words.data(), words.size() * sizeof(uint32_t));
+  tables_.query_tiles = put(plan.query_tiles);
+  std::vector<SampleTask> tasks = samples.tasks;
+  tasks.resize(plan.logit_rows.size(), SampleTask::nothing());
+  tables_.tasks = put(tasks);
+  tables_.adjustments = put(samples.adjustments);
+  backend_.upload(table_memory_.data(), bytes.data(), bytes.size());
 }
 
 void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
@@ -263,6 +278,40 @@ void Forward::logits(const BatchPlan& plan) {
                  .capacity = limits_.logit_rows});
   if (spec_.final_soft_cap > 0)
     backend_.soft_cap({.x = logits, .rows = rows, .cols = spec_.vocab_size, .cap = spec_.final_soft_cap});
+}
+
+void Forward::sample(const SampleTask* tasks, const Adjustment* adjustments, uint32_t first, uint32_t count,
+                     uint32_t max_top) {
+  if (count == 0) return;
+  backend_.sample({.logits = act_.logits.as<float>(),
+                   .vocab = spec_.vocab_size,
+                   .tasks = tasks,
+                   .adjustments = adjustments,
+                   .first = first,
+                   .count = count,
+                   .max_top = max_top,
+                   .last_tokens = last_tokens_});
+}
+
+// Whether a pass has room for these tasks' adjustments and for what they report. A captured one is as it was recorded,
+// so others are done behind it; their results do not differ.
+bool Forward::holds(const SamplePlan& samples) const {
+  return samples.max_top <= kTopRoom && samples.adjustments.size() <= spec_.vocab_size;
+}
+
+// There is room for one adjustment a token of the vocabulary, the most that one row can have.
+void Forward::sample_behind(const SamplePlan& samples) {
+  uint32_t first = 0;
+  for (const SamplePlan& part : samples.parts(spec_.vocab_size)) {
+    const uint32_t count = static_cast<uint32_t>(part.tasks.size());
+    const size_t task_bytes = count * sizeof(SampleTask), bytes = part.adjustments.size() * sizeof(Adjustment);
+    char* table = table_memory_.as<char>();
+    backend_.upload(table, part.tasks.data(), task_bytes);
+    if (bytes > 0) backend_.upload(table + task_bytes, part.adjustments.data(), bytes);
+    sample(reinterpret_cast<const SampleTask*>(table), reinterpret_cast<const Adjustment*>(table + task_bytes), first,
+           count, samples.max_top);
+    first += count;
+  }
 }
 
 void Forward::keep_hidden(std::vector<std::vector<float>>* hidden, uint32_t tokens) {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/plan.h"
+#include "core/sample_plan.h"
 #include "core/spec.h"
 #include "core/weights.h"
 #include "ops/backend.h"
@@ -30,12 +31,14 @@ class Forward {
   // Runs a pass of every shape that is captured once, on rows that see and write nothing, and captures it, and the
   // largest pass of all: what is slow the first time is over before the first step. Nothing where the backend does not
   // capture.
-  void warm_up(const uint32_t* last_tokens);
+  void warm_up(uint32_t* last_tokens);
 
-  // Leaves the logits of plan.logit_rows on the device, float32 [r, vocab]; valid until the next pass. Where `hidden`
-  // is given it becomes [layers + 1][t, hidden_size]: the scaled embeddings, each layer's output, the last one after
-  // the final norm. `last_tokens`, on the device, is where pending tokens are; always the same.
-  const float* run(const BatchPlan& plan, const uint32_t* last_tokens, std::vector<std::vector<float>>* hidden);
+  // Leaves the logits of plan.logit_rows on the device, float32 [r, vocab]; valid until the next pass. `samples`, at
+  // most one task for each of those rows, are done with them, and their results are the backend's to be waited for.
+  // Where `hidden` is given it becomes [layers + 1][t, hidden_size]: the scaled embeddings, each layer's output, the
+  // last one after the final norm. `last_tokens`, on the device, is where pending tokens are; always the same.
+  const float* run(const BatchPlan& plan, const SamplePlan& samples, uint32_t* last_tokens,
+                   std::vector<std::vector<float>>* hidden);
 
   // Whether a pass of this plan, with no hidden states asked for, replays a captured one.
   bool is_captured(const BatchPlan& plan) const { return captured(plan) != nullptr; }
@@ -49,6 +52,8 @@ class Forward {
   struct Tables {
     const uint32_t *ids, *positions, *slots, *cu_seqlens, *kv_len, *block_table, *logit_rows;
     const QueryTile* query_tiles;
+    const SampleTask* tasks;        // one for each of logit_rows; those that are nobody's do nothing
+    const Adjustment* adjustments;  // last: how many there are differs where all else has the same shape
   };
   struct Activations {
     Buffer residual;   // [t, hidden] float32
@@ -72,7 +77,7 @@ class Forward {
   };
 
   PassShape largest() const;
-  void upload(const BatchPlan& plan);
+  void upload(const BatchPlan& plan, const SamplePlan& samples);
   const CapturedPass* captured(const BatchPlan& plan) const;
   void pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidden);
   void attention_block(uint32_t layer, const BatchPlan& plan);
@@ -83,6 +88,9 @@ class Forward {
   void keep_hidden(std::vector<std::vector<float>>* hidden, uint32_t tokens);
   void replace_last_hidden(std::vector<std::vector<float>>& hidden, uint32_t tokens);
   void logits(const BatchPlan& plan);
+  void sample(const SampleTask* tasks, const Adjustment* adjustments, uint32_t first, uint32_t count, uint32_t max_top);
+  bool holds(const SamplePlan& samples) const;
+  void sample_behind(const SamplePlan& samples);
 
   Backend& backend_;
   const ModelSpec& spec_;
@@ -91,7 +99,7 @@ class Forward {
   float embedding_scale_;
   Buffer table_memory_;
   Tables tables_{};
-  const uint32_t* last_tokens_ = nullptr;
+  uint32_t* last_tokens_ = nullptr;
   Activations act_;
   std::vector<KvBuffers> kv_;
   std::vector<CapturedPass> captured_;  // the smallest first; destroyed before what they point to

@@ -18,6 +18,7 @@ struct Sequence {
   std::vector<uint32_t> pages;  // token i is in pages[i / page_size]
   PagePool::Chain chain = 0;    // the run that its full pages form
   SamplingConfig sampling;
+  bool failed = false;  // it has logits that are not finite, and can only be removed
 
   // Whether the last token is still being sampled.
   bool pending() const { return tokens.back() >= kPendingToken; }

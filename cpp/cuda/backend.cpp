@@ -149,7 +149,7 @@ class CudaBackend final : public Backend {
     const DeviceScope scope(device_.index);
     gemm_->reserve();
     ring_.reserve();
-    sampler_.reserve(limits.logit_rows, limits.vocab);
+    sampler_.reserve(limits.logit_rows, limits.vocab, stream_);
     decode_scratch_.get<char>(decode_scratch_bytes(device_, limits.head_dim, limits.group));
   }
 
@@ -219,7 +219,7 @@ class CudaBackend final : public Backend {
     on_device([&] { cuda::geglu(args, stream()); });
   }
   void soft_cap(const SoftCapArgs& args) override {
-    on_device([&] { cuda::soft_cap(args, stream_); });
+    on_device([&] { cuda::soft_cap(args, stream()); });
   }
   void attention(const AttentionArgs& args) override {
     on_device([&] {
@@ -229,18 +229,15 @@ class CudaBackend final : public Backend {
     });
   }
 
-  void start_sample(const float* logits, uint32_t vocab, std::span<const SampleRow> rows,
-                    uint32_t* last_tokens) override {
-    on_device([&] { sampler_.start(logits, vocab, rows, last_tokens, ring_, stream_); });
+  void sample(const SampleArgs& args) override {
+    on_device([&] { sampler_.sample(args, stream()); });
   }
-  std::vector<ScoredToken> finish_sample() override {
-    const DeviceScope scope(device_.index);
-    return sampler_.finish_oldest();
+  void start_results(uint32_t count, uint32_t max_top) override {
+    on_device([&] { sampler_.start_results(count, max_top, stream_); });
   }
-  std::vector<ScoredToken> score(const float* logits, uint32_t vocab, std::span<const ScoreRow> rows) override {
+  std::vector<std::optional<ScoredToken>> finish_results() override {
     const DeviceScope scope(device_.index);
-    sampler_.start(logits, vocab, rows, ring_, stream_);
-    return sampler_.finish_newest();
+    return sampler_.finish_results();
   }
 
  private:

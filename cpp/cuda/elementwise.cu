@@ -40,6 +40,8 @@ __global__ void geglu_kernel(const bf16_t* gate_up, bf16_t* out, uint32_t ffn, s
 }
 
 __global__ void soft_cap_kernel(float* x, size_t count, float cap) {
+  allow_next();
+  wait_for_last();
   for (size_t i = size_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x)
     x[i] = cap * tanhf(x[i] / cap);
 }
@@ -79,10 +81,9 @@ void geglu(const GegluArgs& args, const Stream& stream) {
                static_cast<bf16_t*>(args.out), args.ffn, runs);
 }
 
-void soft_cap(const SoftCapArgs& args, cudaStream_t stream) {
+void soft_cap(const SoftCapArgs& args, const Stream& stream) {
   const size_t count = size_t{args.rows} * args.cols;
-  soft_cap_kernel<<<blocks(count), kThreads, 0, stream>>>(args.x, count, args.cap);
-  GEMMA_CUDA_CHECK(cudaGetLastError());
+  launch_early(stream, blocks(count), kThreads, 0, soft_cap_kernel, args.x, count, args.cap);
 }
 
 void fill_random(void* to, DType type, size_t count, uint64_t seed, float deviation, cudaStream_t stream) {

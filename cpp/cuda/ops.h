@@ -25,7 +25,7 @@ void embed(const EmbedArgs& args, cudaStream_t stream);
 void norm(const NormArgs& args, const Stream& stream);
 void rope(const RopeArgs& args, const Stream& stream);
 void geglu(const GegluArgs& args, const Stream& stream);
-void soft_cap(const SoftCapArgs& args, cudaStream_t stream);
+void soft_cap(const SoftCapArgs& args, const Stream& stream);
 // to[i] = from[i], between f32, bf16 and f16, rounded to nearest even.
 void convert(void* to, DType to_type, const void* from, DType from_type, size_t count, cudaStream_t stream);
 void fill_random(void* to, DType type, size_t count, uint64_t seed, float deviation, cudaStream_t stream);

@@ -6,7 +6,7 @@
 // passes.
 #include <cmath>
 
-#include "cuda/check.h"
+#include "cuda/launch.cuh"
 #include "cuda/sample.h"
 #include "ops/philox.h"
 
@@ -229,7 +229,11 @@ __device__ Survey join(Survey a, const Survey& b) {
 
 __global__ void __launch_bounds__(kSurveyThreads)
     survey_kernel(const float* all, uint32_t vocab, const SampleTask* tasks, Survey* surveys) {
-  const float* logits = all + size_t{tasks[blockIdx.y].row} * vocab;
+  allow_next();
+  wait_for_last();  // also those with nothing to do: whoever waits for this kernel waits for those before it
+  const uint32_t row = tasks[blockIdx.y].row;
+  if (row == SampleTask::kNoRow) return;
+  const float* logits = all + size_t{row} * vocab;
   const uint32_t part = (vocab + kParts - 1) / kParts, begin = min(vocab, blockIdx.x * part);
   const uint32_t end = min(vocab, begin + part);
   Softmax softmax{-INFINITY, 0};
@@ -248,25 +252,27 @@ __global__ void __launch_bounds__(kSurveyThreads)
   if (threadIdx.x == 0) surveys[blockIdx.y * kParts + blockIdx.x] = whole;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    sample_kernel(float* all, uint32_t vocab, const SampleTask* tasks, const Survey* surveys,
-                  const Adjustment* adjustments, float* saved, SampleResult* results, TopEntry* tops, uint32_t max_top,
-                  uint32_t* last_tokens) {
-  const SampleTask task = tasks[blockIdx.x];
-  float* logits = all + size_t{task.row} * vocab;
+__global__ void __launch_bounds__(kThreads) sample_kernel(const SampleArgs args, const SampleMemory memory) {
+  allow_next();
+  wait_for_last();
+  const SampleTask task = args.tasks[blockIdx.x];
+  if (task.row == SampleTask::kNoRow) return;
+  const uint32_t vocab = args.vocab;
+  float* logits = args.logits + size_t{task.row} * vocab;
 
-  Survey row = surveys[blockIdx.x * kParts];
-  for (int part = 1; part < kParts; ++part) row = join(row, surveys[blockIdx.x * kParts + part]);
+  const Survey* surveys = memory.surveys + blockIdx.x * kParts;
+  Survey row = surveys[0];
+  for (int part = 1; part < kParts; ++part) row = join(row, surveys[part]);
   const Best best{row.best, row.token};
   const bool finite = row.finite && isfinite(row.best);
 
   uint32_t token = task.scored;
-  const bool picks = task.scored == SampleTask::kSample;
+  const bool picks = task.scored == SampleTask::kPick;
   if (finite && picks) {
     const bool adjusted = task.first_adjustment != task.end_adjustment;
     for (uint32_t i = task.first_adjustment + threadIdx.x; i < task.end_adjustment; i += kThreads) {
-      const Adjustment change = adjustments[i];
-      float x = saved[i] = logits[change.token];
+      const Adjustment change = args.adjustments[i];
+      float x = memory.saved[i] = logits[change.token];
       x += change.bias;
       x = (x > 0 ? x / change.repetition : x * change.repetition) - change.subtract;
       logits[change.token] = change.forbidden ? -INFINITY : x;
@@ -277,26 +283,23 @@ __global__ void __launch_bounds__(kThreads)
     token = task.temperature == 0 ? competing.token : draw(task, logits, vocab, competing.value);
     __syncthreads();
     for (uint32_t i = task.first_adjustment + threadIdx.x; i < task.end_adjustment; i += kThreads)
-      logits[adjustments[i].token] = saved[i];
+      logits[args.adjustments[i].token] = memory.saved[i];
     __syncthreads();
   }
-  if (finite && task.top > 0) report_top(logits, vocab, task.top, tops + size_t{blockIdx.x} * max_top);
+  if (finite && task.top > 0) report_top(logits, vocab, task.top, memory.tops + size_t{blockIdx.x} * args.max_top);
   if (threadIdx.x == 0) {
-    results[blockIdx.x] = {token, finite ? logits[token] : 0, row.best + logf(row.sum), finite};
-    if (picks) last_tokens[task.slot] = finite ? token : 0;
+    memory.results[blockIdx.x] = {token, finite ? logits[token] : 0, row.best + logf(row.sum), finite,
+                                  min(task.top, vocab)};
+    if (picks) args.last_tokens[task.slot] = finite ? token : 0;
   }
 }
 
 }  // namespace
 
-void sample(float* logits, uint32_t vocab, const SampleTask* tasks, uint32_t count, const Adjustment* adjustments,
-            float* saved, Survey* surveys, SampleResult* results, TopEntry* tops, uint32_t max_top,
-            uint32_t* last_tokens, cudaStream_t stream) {
-  survey_kernel<<<dim3(kParts, count), kSurveyThreads, 0, stream>>>(logits, vocab, tasks, surveys);
-  GEMMA_CUDA_CHECK(cudaGetLastError());
-  sample_kernel<<<count, kThreads, 0, stream>>>(logits, vocab, tasks, surveys, adjustments, saved, results, tops,
-                                                max_top, last_tokens);
-  GEMMA_CUDA_CHECK(cudaGetLastError());
+void sample(const SampleArgs& args, const SampleMemory& memory, const Stream& stream) {
+  launch_early(stream, dim3(kParts, args.count), kSurveyThreads, 0, survey_kernel, args.logits, args.vocab, args.tasks,
+               memory.surveys);
+  launch_early(stream, args.count, kThreads, 0, sample_kernel, args, memory);
 }
 
 }  // namespace gemma_cuda::cuda

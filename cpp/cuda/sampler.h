@@ -1,15 +1,14 @@
-// The host's side of sampling: requests to tasks, and results when the device has them.
+// The memory that sampling works in, and its results on their way to the host.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <array>
 #include <deque>
-#include <span>
+#include <optional>
 #include <vector>
 
 #include "cuda/memory.h"
-#include "cuda/pinned_ring.h"
 #include "cuda/sample.h"
 #include "ops/backend.h"
 
@@ -22,42 +21,36 @@ class Sampler {
   Sampler& operator=(const Sampler&) = delete;
   ~Sampler();
 
-  // Takes the memory that calls of so many rows need. Only a call for more than kReservedTop log-probabilities a row
-  // takes more, when it comes.
-  void reserve(uint32_t rows, uint32_t vocab);
+  // Takes the memory that steps of so many rows need. Only a step with more than kTopRoom log-probabilities a row takes
+  // more, when it comes.
+  void reserve(uint32_t rows, uint32_t vocab, cudaStream_t stream);
   static size_t reserved_bytes(uint32_t rows, uint32_t vocab);
 
-  // Puts the work on the stream, always the same. At most kLanes calls may be unfinished.
-  void start(const float* logits, uint32_t vocab, std::span<const SampleRow> rows, uint32_t* last_tokens,
-             PinnedRing& ring, cudaStream_t stream);
-  void start(const float* logits, uint32_t vocab, std::span<const ScoreRow> rows, PinnedRing& ring,
-             cudaStream_t stream);
-  // Waits for the oldest or the newest call that is not finished. Throws for a row that is not finite.
-  std::vector<ScoredToken> finish_oldest();
-  std::vector<ScoredToken> finish_newest();
+  // Puts the kernels on the stream, always the same.
+  void sample(const SampleArgs& args, const Stream& stream);
+  // Puts the copy of the results so far on it. At most kLanes of these may be unfinished.
+  void start_results(uint32_t count, uint32_t max_top, cudaStream_t stream);
+  // Waits for the oldest that is not finished. A row whose logits are not finite has no result.
+  std::vector<std::optional<ScoredToken>> finish_results();
 
   size_t device_bytes() const;
 
  private:
   static constexpr size_t kLanes = 4;
-  static constexpr uint32_t kReservedTop = 20;
 
-  // What calls leave behind for the host.
+  // What steps leave behind for the host.
   struct Lane {
     PinnedScratch results, tops;
-    std::vector<uint32_t> top;  // of each task
-    uint32_t max_top = 0;
+    uint32_t count = 0, max_top = 0;
     cudaEvent_t done = nullptr;
   };
 
-  void launch(float* logits, uint32_t vocab, std::vector<SampleTask> tasks, const std::vector<Adjustment>& changes,
-              uint32_t* last_tokens, PinnedRing& ring, cudaStream_t stream);
-  void run(float* logits, uint32_t vocab, std::vector<SampleTask>& tasks, const std::vector<Adjustment>& changes,
-           uint32_t max_top, uint32_t* last_tokens, PinnedRing& ring, cudaStream_t stream);
-  static std::vector<ScoredToken> finish(Lane& lane);
+  TopEntry* tops(size_t rows, uint32_t max_top, cudaStream_t stream);
+  SampleMemory memory(size_t rows, uint32_t vocab, uint32_t max_top, cudaStream_t stream);
 
-  // On the device, for one call after the other.
-  DeviceScratch tasks_, changes_, saved_, surveys_, results_, tops_;
+  // On the device, for one step after the other.
+  DeviceScratch saved_, surveys_, results_, tops_;
+  DeviceScratch more_tops_;  // where there are more than kTopRoom; apart, since captured graphs point to tops_
   std::array<Lane, kLanes> lanes_;
   size_t turn_ = 0;
   std::deque<Lane*> unfinished_;

@@ -12,7 +12,6 @@
 #include <functional>
 #include <memory>
 #include <optional>
-#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -137,27 +136,25 @@ struct SoftCapArgs {
   float cap;
 };
 
-// A row of logits to sample from, with what its sequence has seen.
-struct SampleRow {
-  uint32_t row;
-  uint32_t slot;                     // the sequence's number
-  const SamplingConfig* config;      // host
-  std::span<const uint32_t> tokens;  // host: prompt and generated
-  uint32_t prompt_tokens;
+// Each task's result, kept as number first, first + 1, ... of the step's; a token that is picked also goes to
+// last_tokens[its slot]. Tasks without a row come last and have no result.
+struct SampleArgs {
+  float* logits;  // [rows, vocab]; changed while a task runs, and restored
+  uint32_t vocab;
+  const SampleTask* tasks;        // [count]
+  const Adjustment* adjustments;  // of all these tasks together at most `vocab`
+  uint32_t first = 0;
+  uint32_t count;
+  uint32_t max_top;  // the most a task reports, the same for all of a step; up to kTopRoom takes no memory
+  uint32_t* last_tokens;
 };
-
-// A row of logits in which to look a token up.
-struct ScoreRow {
-  uint32_t row;
-  uint32_t token;
-  uint32_t top_logprobs;
-};
+constexpr uint32_t kTopRoom = 20;
 
 // What an engine will ask of the operations at most.
 struct WorkLimits {
   uint32_t head_dim = 0;    // of the widest head
   uint32_t group = 0;       // query heads that share a K/V head
-  uint32_t logit_rows = 0;  // sampled or scored in one call
+  uint32_t logit_rows = 0;  // sampled or scored in one step
   uint32_t vocab = 0;
 };
 
@@ -218,13 +215,12 @@ class Backend {
   virtual void geglu(const GegluArgs& args) = 0;
   virtual void soft_cap(const SoftCapArgs& args) = 0;
 
-  // Starts sampling rows of logits, [rows, vocab] float32; each token also goes to last_tokens[its slot], on the
-  // device. finish_sample() waits for the calls in their order and returns their results; a row with a NaN throws
-  // there.
-  virtual void start_sample(const float* logits, uint32_t vocab, std::span<const SampleRow> rows,
-                            uint32_t* last_tokens) = 0;
-  virtual std::vector<ScoredToken> finish_sample() = 0;
-  virtual std::vector<ScoredToken> score(const float* logits, uint32_t vocab, std::span<const ScoreRow> rows) = 0;
+  virtual void sample(const SampleArgs& args) = 0;
+
+  // The results of sample() on their way to the host: starts with the first `count`, of tasks that had this max_top (or
+  // 0, where none reports any). finish_results() waits for the calls in their order; a row that is not finite has none.
+  virtual void start_results(uint32_t count, uint32_t max_top) = 0;
+  virtual std::vector<std::optional<ScoredToken>> finish_results() = 0;
 };
 
 // A backend's memory, given back at the end of its life.

@@ -30,6 +30,35 @@ struct SamplingConfig {
   bool looks_back() const { return repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0; }
 };
 
+// How a logit changes before it competes: bias, then penalties.
+struct Adjustment {
+  uint32_t token;
+  float bias;
+  float repetition;    // divides a positive logit, multiplies another
+  float subtract;      // presence and frequency penalties
+  uint32_t forbidden;  // becomes -infinity
+};
+
+// What to do with a row of logits: pick its token, or look one up.
+struct SampleTask {
+  uint64_t seed = 0;
+  uint32_t step = 0;  // with the seed: where the noise comes from
+  uint32_t row;       // kNoRow: nothing, where a captured batch is filled up
+  uint32_t slot = 0;  // the sequence's number, where a token is picked
+  uint32_t scored;    // the token to look up; kPick: none, pick one
+  float temperature = 0;
+  uint32_t top_k = 0;
+  float top_p = 1;
+  float min_p = 0;
+  uint32_t top;                                       // how many of the likeliest to report
+  uint32_t first_adjustment = 0, end_adjustment = 0;  // of the table's, one a token
+  uint32_t unused = 0;                                // no byte is left to chance
+
+  static constexpr uint32_t kPick = ~0u;
+  static constexpr uint32_t kNoRow = ~0u;
+  static constexpr SampleTask nothing() { return {.row = kNoRow, .scored = kPick, .top = 0}; }
+};
+
 struct TokenLogprob {
   uint32_t token;
   float logprob;

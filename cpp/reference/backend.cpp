@@ -11,6 +11,7 @@
 #include <fstream>
 #include <new>
 #include <string>
+#include <utility>
 
 #include "core/error.h"
 #include "ops/convert.h"
@@ -183,30 +184,23 @@ class ReferenceBackend final : public Backend {
               [&](size_t begin, size_t end) { kernels_.soft_cap(args.x + begin, end - begin, args.cap); });
   }
 
-  void start_sample(const float* logits, uint32_t vocab, std::span<const SampleRow> rows,
-                    uint32_t* last_tokens) override {
-    std::vector<ScoredToken>& out = sampled_.emplace_back();
-    try {
-      for (const SampleRow& row : rows) {
-        out.push_back(sample_token(kernels_, {logits + size_t{row.row} * vocab, vocab}, row));
-        last_tokens[row.slot] = out.back().token;
-      }
-    } catch (...) {
-      sampled_.pop_back();
-      throw;
+  void sample(const SampleArgs& args) override {
+    results_.resize(args.first);
+    for (uint32_t i = 0; i < args.count && args.tasks[i].row != SampleTask::kNoRow; ++i) {
+      const SampleTask& task = args.tasks[i];
+      results_.push_back(
+          reference::sample(kernels_, {args.logits + size_t{task.row} * args.vocab, args.vocab}, task,
+                            {args.adjustments + task.first_adjustment, args.adjustments + task.end_adjustment}));
+      if (task.scored == SampleTask::kPick) args.last_tokens[task.slot] = results_.back() ? results_.back()->token : 0;
     }
   }
-
-  std::vector<ScoredToken> finish_sample() override {
-    std::vector<ScoredToken> out = std::move(sampled_.front());
-    sampled_.pop_front();
-    return out;
+  void start_results(uint32_t count, uint32_t) override {
+    results_.resize(count);
+    started_.push_back(std::exchange(results_, {}));
   }
-
-  std::vector<ScoredToken> score(const float* logits, uint32_t vocab, std::span<const ScoreRow> rows) override {
-    std::vector<ScoredToken> out;
-    for (const ScoreRow& row : rows)
-      out.push_back(score_token(kernels_, {logits + size_t{row.row} * vocab, vocab}, row.token, row.top_logprobs));
+  std::vector<std::optional<ScoredToken>> finish_results() override {
+    std::vector<std::optional<ScoredToken>> out = std::move(started_.front());
+    started_.pop_front();
     return out;
   }
 
@@ -223,7 +217,8 @@ class ReferenceBackend final : public Backend {
   const Kernels& kernels_;
   const DType act_;
   MemoryUse memory_;
-  std::deque<std::vector<ScoredToken>> sampled_;
+  std::vector<std::optional<ScoredToken>> results_;  // of the step's tasks so far
+  std::deque<std::vector<std::optional<ScoredToken>>> started_;
 };
 
 }  // namespace

@@ -7,8 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <stdexcept>
-#include <unordered_map>
 
 #include "ops/philox.h"
 
@@ -43,22 +41,13 @@ std::vector<Candidate> largest(std::span<const float> scores, uint32_t n) {
   return heap;
 }
 
-// Bias, penalties and minimum length, in place. A repeated token counts once for repetition (over prompt and output)
-// and presence (over output), each time for frequency (over output).
-void adjust(std::vector<float>& logits, const SampleRow& row) {
-  const SamplingConfig& config = *row.config;
-  for (const TokenBias& bias : config.logit_bias) logits[bias.token] += bias.bias;
-  if (config.looks_back()) {
-    std::unordered_map<uint32_t, uint32_t> generated;  // token -> times generated
-    for (size_t i = 0; i < row.tokens.size(); ++i) generated[row.tokens[i]] += i >= row.prompt_tokens;
-    for (const auto& [token, times] : generated) {
-      float& logit = logits[token];
-      logit = logit > 0 ? logit / config.repetition_penalty : logit * config.repetition_penalty;
-      if (times > 0) logit -= config.presence_penalty + config.frequency_penalty * static_cast<float>(times);
-    }
+void adjust(std::vector<float>& logits, std::span<const Adjustment> adjustments) {
+  for (const Adjustment& change : adjustments) {
+    float& logit = logits[change.token];
+    logit += change.bias;
+    logit = (logit > 0 ? logit / change.repetition : logit * change.repetition) - change.subtract;
+    if (change.forbidden) logit = -std::numeric_limits<float>::infinity();
   }
-  if (row.tokens.size() - row.prompt_tokens < config.min_new_tokens)
-    for (uint32_t token : config.stop_tokens) logits[token] = -std::numeric_limits<float>::infinity();
 }
 
 // Keeps the shortest run of likeliest candidates whose probability reaches top_p. `mass` is the sum of
@@ -95,24 +84,24 @@ std::vector<Candidate> nucleus(const Kernels& kernels, std::span<const float> sc
 
 // The tokens left by the filters.
 std::vector<Candidate> candidates(const Kernels& kernels, std::span<const float> scores, float best,
-                                  const SamplingConfig& config) {
+                                  const SampleTask& task) {
   std::vector<Candidate> left;
-  if (config.top_k != 0 && config.top_k < scores.size()) {
-    left = largest(scores, config.top_k);
-    if (config.top_p < 1) {
+  if (task.top_k != 0 && task.top_k < scores.size()) {
+    left = largest(scores, task.top_k);
+    if (task.top_p < 1) {
       double mass = 0;
       for (const Candidate& candidate : left) mass += std::exp(double{candidate.score} - best);
-      keep_top_p(left, config.top_p, best, mass);
+      keep_top_p(left, task.top_p, best, mass);
     }
-  } else if (config.top_p < 1) {
-    left = nucleus(kernels, scores, best, config.top_p);
+  } else if (task.top_p < 1) {
+    left = nucleus(kernels, scores, best, task.top_p);
   } else {
     // Everything; but noise spans less than 32 (see gumbel), so what lies further below the best cannot win.
     for (uint32_t token = 0; token < scores.size(); ++token)
       if (scores[token] > best - 32) left.push_back({scores[token], token});
   }
-  if (config.min_p > 0) {
-    const float floor = best + std::log(config.min_p);
+  if (task.min_p > 0) {
+    const float floor = best + std::log(task.min_p);
     std::erase_if(left, [floor](const Candidate& candidate) { return candidate.score < floor; });
   }
   return left;
@@ -126,11 +115,6 @@ float gumbel(uint64_t seed, uint32_t step, uint32_t token) {
   return -std::log(-std::log1p(-v));
 }
 
-void require_finite(float best) {
-  if (!std::isfinite(best))
-    throw std::runtime_error("the model's logits are not finite; `gemma-cuda inspect --check` finds damaged weights");
-}
-
 // The log-probability of `token`, and the likeliest ones, of a row of raw logits.
 ScoredToken describe(const Kernels& kernels, std::span<const float> logits, float best, uint32_t token, uint32_t top) {
   const double log_mass = best + std::log(kernels.sum_exp(logits.data(), logits.size(), best));
@@ -140,38 +124,30 @@ ScoredToken describe(const Kernels& kernels, std::span<const float> logits, floa
   return out;
 }
 
-}  // namespace
-
-ScoredToken sample_token(const Kernels& kernels, std::span<const float> logits, const SampleRow& row) {
-  const SamplingConfig& config = *row.config;
-  const float raw_best = kernels.max(logits.data(), logits.size());
-  require_finite(raw_best);
-
+uint32_t pick(const Kernels& kernels, std::span<const float> logits, const SampleTask& task,
+              std::span<const Adjustment> adjustments) {
   std::vector<float> scores(logits.begin(), logits.end());
-  adjust(scores, row);
-  uint32_t token = 0;
-  if (config.temperature == 0) {
-    token = static_cast<uint32_t>(std::max_element(scores.begin(), scores.end()) - scores.begin());
-  } else {
-    const float top = kernels.max(scores.data(), scores.size());
-    for (float& score : scores) score = (score - top) / config.temperature;  // the best is 0 at any temperature
-    const uint32_t step = static_cast<uint32_t>(row.tokens.size() - row.prompt_tokens);
-    float winner = -std::numeric_limits<float>::infinity();
-    for (const Candidate& candidate : candidates(kernels, scores, 0, config)) {
-      const float noisy = candidate.score + gumbel(config.seed, step, candidate.token);
-      if (noisy > winner || (noisy == winner && candidate.token < token)) {
-        winner = noisy;
-        token = candidate.token;
-      }
-    }
+  adjust(scores, adjustments);
+  if (task.temperature == 0)
+    return static_cast<uint32_t>(std::max_element(scores.begin(), scores.end()) - scores.begin());
+  const float top = kernels.max(scores.data(), scores.size());
+  for (float& score : scores) score = (score - top) / task.temperature;  // the best is 0 at any temperature
+  Candidate winner{-std::numeric_limits<float>::infinity(), 0};
+  for (const Candidate& candidate : candidates(kernels, scores, 0, task)) {
+    const Candidate noisy{candidate.score + gumbel(task.seed, task.step, candidate.token), candidate.token};
+    if (before(noisy, winner)) winner = noisy;
   }
-  return describe(kernels, logits, raw_best, token, config.top_logprobs);
+  return winner.token;
 }
 
-ScoredToken score_token(const Kernels& kernels, std::span<const float> logits, uint32_t token, uint32_t top_logprobs) {
+}  // namespace
+
+std::optional<ScoredToken> sample(const Kernels& kernels, std::span<const float> logits, const SampleTask& task,
+                                  std::span<const Adjustment> adjustments) {
   const float best = kernels.max(logits.data(), logits.size());
-  require_finite(best);
-  return describe(kernels, logits, best, token, top_logprobs);
+  if (!std::isfinite(best)) return std::nullopt;
+  const uint32_t token = task.scored == SampleTask::kPick ? pick(kernels, logits, task, adjustments) : task.scored;
+  return describe(kernels, logits, best, token, task.top);
 }
 
 }  // namespace gemma_cuda::reference

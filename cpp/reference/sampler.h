@@ -1,6 +1,7 @@
-// Picks and scores tokens. Pure functions of a row of logits, what its sequence has seen, and the request's seed.
+// Picks and scores tokens. A pure function of a row of logits, what is to be done with it, and the request's seed.
 #pragma once
 
+#include <optional>
 #include <span>
 
 #include "ops/backend.h"
@@ -8,7 +9,8 @@
 
 namespace gemma_cuda::reference {
 
-ScoredToken sample_token(const Kernels& kernels, std::span<const float> logits, const SampleRow& row);
-ScoredToken score_token(const Kernels& kernels, std::span<const float> logits, uint32_t token, uint32_t top_logprobs);
+// `adjustments` are the task's own. Nothing where the logits are not finite.
+std::optional<ScoredToken> sample(const Kernels& kernels, std::span<const float> logits, const SampleTask& task,
+                                  std::span<const Adjustment> adjustments);
 
 }  // namespace gemma_cuda::reference

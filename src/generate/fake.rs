@@ -26,6 +26,8 @@ pub(crate) struct FakeEngine {
     pub steps: Vec<Vec<StepItem>>,
     /// What happens at a step, counted from 0.
     pub faults: HashMap<usize, Fault>,
+    /// Sequences whose logits are not finite from a step on, by their number.
+    pub damaged: HashMap<u32, usize>,
     /// Pages that free_pages() reports but step() does not have, as of an engine that miscounts.
     pub missing_pages: usize,
     pub panics_on_remove: bool,
@@ -42,6 +44,7 @@ impl FakeEngine {
             added: 0,
             steps: Vec::new(),
             faults: HashMap::new(),
+            damaged: HashMap::new(),
             missing_pages: 0,
             panics_on_remove: false,
             ahead: false,
@@ -132,12 +135,14 @@ impl Core for FakeEngine {
             let scores = if item.score { successors.map(scored).collect() } else { Vec::new() };
             let sampled = item.sample.then(|| successor(&sequence.tokens));
             sequence.tokens.extend(sampled);
+            let failed = self.damaged.get(&item.sequence).is_some_and(|&from| self.steps.len() > from);
             outputs.push(ItemOutput {
                 sequence: item.sequence,
-                sampled: sampled.map(scored).into_iter().collect(),
-                scored: scores,
+                sampled: sampled.filter(|_| !failed).map(scored).into_iter().collect(),
+                scored: if failed { Vec::new() } else { scores },
                 logits: Vec::new(),
                 hidden: Vec::new(),
+                failure: if failed { "the logits are not finite".into() } else { String::new() },
             });
         }
         self.launched.push_back(outputs);

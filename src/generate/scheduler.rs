@@ -386,6 +386,10 @@ impl<E: Core> Scheduler<E> {
         }
         for (Launched { item, serial }, output) in launched.iter().zip(outputs) {
             let Some(index) = self.position(*serial) else { continue }; // it has ended since
+            if !output.failure.is_empty() {
+                self.fail(index, Error::Engine(output.failure))?;
+                continue;
+            }
             if output.sequence != item.sequence || item.sample != (output.sampled.len() == 1) {
                 return Err(Error::Engine(format!("a step returned no token for sequence {}", item.sequence)));
             }

@@ -101,6 +101,7 @@ impl Runner {
 
     fn step(&mut self, item: StepItem) -> Result<ItemOutput> {
         let output = self.engine.step(&[item])?.pop();
-        output.ok_or_else(|| Error::Engine("a step returned nothing".into()))
+        let output = output.ok_or_else(|| Error::Engine("a step returned nothing".into()))?;
+        if output.failure.is_empty() { Ok(output) } else { Err(Error::Engine(output.failure)) }
     }
 }

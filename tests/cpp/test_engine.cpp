@@ -237,23 +237,22 @@ void bad_calls_are_refused_and_change_nothing() {
   CHECK(engine->free_pages() == 3);
 }
 
-void a_failed_step_gives_its_pages_back() {
+void pages_of_a_failed_sequence_are_not_reused() {
   const ModelSpec spec = random_model(1);
   Parameters parameters = random_parameters(spec);
   std::ranges::fill(parameters.back().second, NAN);  // the output embedding: every logit is NaN
   EngineOptions options;
   options.compute = options.weights = DType::f32;
   const auto engine = make_engine(spec, parameters, options);
-  const uint32_t id = engine->add_sequence(random_tokens(spec, 40), 40, {}, false);
-  bool thrown = false;
-  try {
+  const std::vector<uint32_t> tokens = random_tokens(spec, 40);
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t id = engine->add_sequence(tokens, 40, {}, true);
+    CHECK(engine->sequence_state(id).cached == 0);
     const StepItem item{id, 40, true};
-    engine->step({&item, 1});
-  } catch (const std::exception&) {
-    thrown = true;
+    CHECK(!engine->step({&item, 1})[0].failure.empty());
+    engine->remove_sequence(id);
+    CHECK(engine->free_pages() == options.pages);
   }
-  CHECK(thrown && engine->free_pages() == options.pages && engine->sequence_state(id).cached == 0);
-  CHECK(engine->pages_for(id, 1) == 1);
 }
 
 // Steps launched before the ones before them are collected: the same tokens, with sequences ending and beginning, on
@@ -411,6 +410,51 @@ void bad_models_and_options_are_refused() {
   refused("abacus", [](ModelSpec&, EngineOptions& options) { options.device = "abacus"; });
 }
 
+// A token whose embedding is damaged takes its own sequence down, at once or with a step of it under way; the others
+// generate what they do without it.
+void damaged_weights_end_only_the_sequences_that_meet_them() {
+  const ModelSpec spec = random_model(1);
+  Parameters parameters = random_parameters(spec);
+  EngineOptions options;
+  options.compute = options.weights = DType::f32;
+  const uint32_t damaged = spec.vocab_size - 1;
+  for (auto& [slot, values] : parameters) {
+    if (slot.name.find("embed_tokens") != std::string::npos)
+      std::fill_n(values.begin() + size_t{damaged} * spec.hidden_size, spec.hidden_size, NAN);
+    // It is never sampled: its logit is 0, or the healthy would meet it as well.
+    if (slot.name.find("lm_head") != std::string::npos)
+      std::fill_n(values.begin() + size_t{damaged} * spec.hidden_size, spec.hidden_size, 0.0f);
+  }
+  const auto engine = make_engine(spec, parameters, options);
+  const std::vector<uint32_t> healthy{1, 2, 3}, ill{1, damaged, 3};
+  const auto alone = [&] {
+    const uint32_t id = engine->add_sequence(healthy, 3, {}, false);
+    const StepItem prompt{id, 3, true}, next{id, 1, true};
+    std::vector<uint32_t> out{engine->step({&prompt, 1})[0].sampled[0].token};
+    out.push_back(engine->step({&next, 1})[0].sampled[0].token);
+    engine->remove_sequence(id);
+    return out;
+  }();
+
+  const uint32_t one = engine->add_sequence(healthy, 3, {}, false), two = engine->add_sequence(ill, 3, {}, true);
+  engine->launch(std::vector<StepItem>{{one, 3, true}, {two, 3, true}});
+  engine->launch(std::vector<StepItem>{{two, 1, true}, {one, 1, true}});
+  const std::vector<ItemOutput> first = engine->collect(), second = engine->collect();
+  CHECK(first[0].failure.empty() && first[0].sampled[0].token == alone[0]);
+  CHECK(first[1].failure.find("not finite") != std::string::npos && first[1].sampled.empty());
+  CHECK(!second[0].failure.empty() && second[0].sampled.empty());
+  CHECK(second[1].failure.empty() && second[1].sampled[0].token == alone[1]);
+  const StepItem more{two, 1, true};
+  test::check_throws("has failed and can only be removed", [&] { engine->step({&more, 1}); });
+  test::check_throws("has failed and can only be removed", [&] { engine->append_tokens(two, healthy); });
+  engine->remove_sequence(two);
+
+  const uint32_t scored = engine->add_sequence(ill, 3, {}, false);
+  const StepItem score{scored, 3, false, true};
+  const ItemOutput out = engine->step({&score, 1})[0];
+  CHECK(!out.failure.empty() && out.scored.empty());
+}
+
 }  // namespace
 
 int main() {
@@ -419,9 +463,10 @@ int main() {
   a_reused_prefix_changes_nothing();
   scores_and_samples_agree_with_logits();
   bad_calls_are_refused_and_change_nothing();
-  a_failed_step_gives_its_pages_back();
+  pages_of_a_failed_sequence_are_not_reused();
   launching_ahead_changes_nothing();
   padding_changes_nothing_but_the_work();
   steps_tokens_and_memory_are_counted();
   bad_models_and_options_are_refused();
+  damaged_weights_end_only_the_sequences_that_meet_them();
 }

@@ -57,15 +57,11 @@ class FaultyBackend final : public Backend {
   }
   void geglu(const GegluArgs& args) override { real_->geglu(args); }
   void soft_cap(const SoftCapArgs& args) override { real_->soft_cap(args); }
-  void start_sample(const float* logits, uint32_t vocab, std::span<const SampleRow> rows, uint32_t* last) override {
-    real_->start_sample(logits, vocab, rows, last);
-  }
-  std::vector<ScoredToken> finish_sample() override {
+  void sample(const SampleArgs& args) override { real_->sample(args); }
+  void start_results(uint32_t count, uint32_t max_top) override { real_->start_results(count, max_top); }
+  std::vector<std::optional<ScoredToken>> finish_results() override {
     fail_if(faults_.collect, "a kernel");
-    return real_->finish_sample();
-  }
-  std::vector<ScoredToken> score(const float* logits, uint32_t vocab, std::span<const ScoreRow> rows) override {
-    return real_->score(logits, vocab, rows);
+    return real_->finish_results();
   }
 
  private:
@@ -127,9 +123,13 @@ void a_fault_at_launch_names_the_step() {
   item.tokens = 9;
   test::check_throws("not cached yet", [&] { engine->step({&item, 1}); });  // refused, so not a step
   item.tokens = 1;
+  const uint32_t other = engine->add_sequence(kPrompt, 3, {}, false), free = engine->free_pages();
+  const StepItem both[] = {item, {other, 3, true}};
   faults.launch = true;
-  test::check_throws("device: step 3 failed on faulty:0: a launch ran into a wall", [&] { engine->step({&item, 1}); });
-  CHECK(engine->sequence_state(id).cached == 4);
+  test::check_throws("device: step 3 failed on faulty:0: a launch ran into a wall", [&] { engine->step(both); });
+  CHECK(engine->sequence_state(id).cached == 4 && engine->sequence_state(other).cached == 0);
+  CHECK(engine->free_pages() == free && engine->pages_for(other, 3) == 1);
+  engine->remove_sequence(other);
   faults.launch = false;
   check_ended(*engine, id, "step 3 failed on faulty:0");
 }

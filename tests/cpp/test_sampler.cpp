@@ -4,6 +4,7 @@
 #include <set>
 
 #include "check.h"
+#include "core/sample_plan.h"
 #include "ops/philox.h"
 #include "reference/sampler.h"
 
@@ -14,9 +15,15 @@ namespace {
 
 const reference::Kernels& kernels() { return *reference::usable_kernels().back(); }
 
+std::optional<ScoredToken> try_sample(const vector<float>& logits, const SamplingConfig& config,
+                                      const vector<uint32_t>& tokens, uint32_t prompt) {
+  SamplePlan plan;
+  plan.pick(0, 0, config, tokens, prompt);
+  return reference::sample(kernels(), logits, plan.tasks[0], plan.adjustments);
+}
 ScoredToken sample(const vector<float>& logits, const SamplingConfig& config, vector<uint32_t> tokens = {0},
                    uint32_t prompt = 1) {
-  return reference::sample_token(kernels(), logits, {0, 0, &config, tokens, prompt});
+  return try_sample(logits, config, tokens, prompt).value();
 }
 
 // The known answers of the Random123 distribution.
@@ -154,15 +161,37 @@ void log_probabilities_are_the_models() {
   CHECK(std::abs(token.top[0].logprob - (4 - mass)) < 1e-6);
 }
 
-void damaged_logits_are_an_error() {
-  for (float bad : {NAN, INFINITY}) {
-    bool thrown = false;
-    try {
-      sample({1, bad, 2}, {});
-    } catch (const std::exception& error) {
-      thrown = std::string(error.what()).find("not finite") != std::string::npos;
+void damaged_logits_have_no_result() {
+  for (float bad : {NAN, INFINITY}) CHECK(!try_sample({1, bad, 2}, {}, {0}, 1).has_value());
+}
+
+// Whatever the room, each task keeps its place and its own adjustments.
+void a_plan_in_parts_is_the_same_plan() {
+  SamplingConfig penalized, plain;
+  penalized.repetition_penalty = 2;
+  plain.top_logprobs = 3;
+  SamplePlan plan;
+  plan.pick(0, 5, penalized, vector<uint32_t>{1, 2, 3}, 1);
+  plan.score(1, 9, 2);
+  plan.pick(2, 6, plain, vector<uint32_t>{1, 2}, 1);
+  plan.pick(3, 7, penalized, vector<uint32_t>{4, 4, 5}, 1);
+  CHECK(plan.tasks.size() == 4 && plan.adjustments.size() == 5 && plan.max_top == 3);
+  for (size_t room : {3, 4, 5, 100}) {
+    const vector<SamplePlan> parts = plan.parts(room);
+    CHECK(parts.size() == (room < 5 ? 2 : 1));
+    size_t next = 0;
+    for (const SamplePlan& part : parts) {
+      CHECK(part.adjustments.size() <= room && part.max_top == 3);
+      for (const SampleTask& task : part.tasks) {
+        const SampleTask& whole = plan.tasks[next++];
+        CHECK(task.row == whole.row && task.slot == whole.slot && task.scored == whole.scored);
+        CHECK(task.end_adjustment - task.first_adjustment == whole.end_adjustment - whole.first_adjustment);
+        for (uint32_t i = task.first_adjustment; i < task.end_adjustment; ++i)
+          CHECK(part.adjustments[i].token ==
+                plan.adjustments[whole.first_adjustment + i - task.first_adjustment].token);
+      }
     }
-    CHECK(thrown);
+    CHECK(next == plan.tasks.size());
   }
 }
 
@@ -177,5 +206,6 @@ int main() {
   a_wide_nucleus_is_exact();
   penalties_and_bias_move_the_logits();
   log_probabilities_are_the_models();
-  damaged_logits_are_an_error();
+  damaged_logits_have_no_result();
+  a_plan_in_parts_is_the_same_plan();
 }

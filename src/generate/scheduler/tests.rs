@@ -155,6 +155,25 @@ fn a_failed_step_fails_its_requests_and_no_others() {
 }
 
 #[test]
+fn logits_that_are_not_finite_end_only_their_own_request() {
+    for ahead in [false, true] {
+        let mut scheduler = scheduler(LIMITS);
+        scheduler.engine.ahead = ahead;
+        scheduler.engine.damaged.insert(2, 3);
+        let callers: Vec<_> = (1..=3).map(|first| submit(&mut scheduler, plan(&[first, 2], 9))).collect();
+        drain(&mut scheduler);
+        for (first, caller) in (1..=3).zip(&callers) {
+            let result = caller.result().unwrap();
+            if first == 2 {
+                assert!(matches!(&result, Err(Error::Engine(why)) if why.contains("not finite")), "{result:?}");
+            } else {
+                assert_eq!(result.unwrap().token_ids, expected(&[first, 2], 9));
+            }
+        }
+    }
+}
+
+#[test]
 fn an_engine_that_runs_out_of_pages_in_a_step_costs_time_and_not_requests() {
     let mut scheduler = scheduler(LIMITS);
     scheduler.engine.faults.insert(2, Fault::Error(Error::OutOfPages("none left".into())));

@@ -234,6 +234,63 @@ void memory_is_taken_before_the_first_step() {
   CHECK(free_memory() + kBlock >= loaded);
 }
 
+// Greedy, drawn and penalized sequences side by side, with so many log-probabilities; the step before the last looks
+// its tokens up. `history` long enough, the penalties of all together have no room in a recorded pass.
+vector<ScoredToken> sampled_and_scored(Engine& engine, uint32_t history, uint32_t top) {
+  vector<StepItem> items;
+  for (uint32_t i = 0; i < 8; ++i) {
+    SamplingConfig sampling;
+    sampling.temperature = i % 3 == 0 ? 0.0f : 1.0f;
+    sampling.top_p = i % 2 ? 0.9f : 1.0f;
+    sampling.seed = i;
+    sampling.top_logprobs = i % 2 ? top : top / 2;
+    if (i % 4 != 1) sampling.repetition_penalty = 1.3f, sampling.frequency_penalty = 0.1f;
+    vector<uint32_t> prompt(history);
+    for (uint32_t k = 0; k < history; ++k) prompt[k] = (i * 37 + k * 5) % 512;
+    items.push_back({engine.add_sequence(prompt, history / 2, sampling, false), 1, false});
+  }
+  vector<ScoredToken> out;
+  for (uint32_t fed = 0; fed < history + 8; fed += items[0].tokens) {
+    const bool decodes = fed + 1 >= history;
+    for (StepItem& item : items) {
+      item.tokens = decodes || fed + 2 >= history ? 1 : std::min(32u, history - 2 - fed);
+      item.score = fed + 2 == history;
+      item.sample = decodes;
+    }
+    for (const ItemOutput& output : engine.step(items)) {
+      CHECK(output.scored.size() == items[0].score && output.sampled.size() == items[0].sample);
+      out.insert(out.end(), output.scored.begin(), output.scored.end());
+      out.insert(out.end(), output.sampled.begin(), output.sampled.end());
+    }
+  }
+  for (const StepItem& item : items) engine.remove_sequence(item.sequence);
+  return out;
+}
+
+void check_same(const vector<ScoredToken>& a, const vector<ScoredToken>& b, size_t shared_top) {
+  CHECK(a.size() == b.size());
+  for (size_t i = 0; i < a.size(); ++i) {
+    CHECK(a[i].token == b[i].token && a[i].logprob == b[i].logprob);
+    for (size_t k = 0; k < std::min({shared_top, a[i].top.size(), b[i].top.size()}); ++k)
+      CHECK(a[i].top[k].token == b[i].top[k].token && a[i].top[k].logprob == b[i].top[k].logprob);
+  }
+}
+
+// What a recorded pass holds, and what has to be done behind it (many log-probabilities, many penalties), give the same
+// bits; and a step behind does not disturb those after it.
+void sampling_is_the_same_within_a_pass_and_behind_it() {
+  const auto engine = make_engine(1);
+  for (uint32_t history : {5u, 100u}) {  // 6 * 100 penalties: more than the vocabulary's 512
+    const vector<ScoredToken> within = sampled_and_scored(*engine, history, 20);
+    CHECK(within.size() == 8 * 10 && within[1].top.size() == 20 && within[0].top.size() == 10);
+    const vector<ScoredToken> behind = sampled_and_scored(*engine, history, 512);
+    CHECK(behind[1].top.size() == 512);
+    check_same(within, behind, 20);
+    check_same(within, sampled_and_scored(*engine, history, 20), 20);
+    check_same(within, sampled_and_scored(*engine, history, 0), 20);
+  }
+}
+
 void what_cannot_be_had_is_refused() {
   const ModelSpec spec = tiny_model();
   test::check_throws("there is no device cuda:99", [&] { Engine engine(spec, options_for("cuda:99")); });
@@ -363,6 +420,7 @@ void all() {
   part("an engine from thread to thread", [&] { an_engine_goes_from_thread_to_thread(alone); });
   part("dropped with steps under way", [&] { engines_are_dropped_with_steps_under_way(alone); });
   part("memory from the start", memory_is_taken_before_the_first_step);
+  part("sampling within a pass and behind it", sampling_is_the_same_within_a_pass_and_behind_it);
   part("refusals", what_cannot_be_had_is_refused);
   part("no GPU", [] { CHECK(run_part("CUDA_VISIBLE_DEVICES=", "no-gpu").ok); });
   part("a fault", [] { CHECK(run_part("", "fault").ok); });

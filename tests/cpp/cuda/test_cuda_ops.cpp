@@ -6,6 +6,7 @@
 
 #include "../check.h"
 #include "core/plan.h"
+#include "core/sample_plan.h"
 #include "gpu.h"
 #include "ops/backend.h"
 #include "ops/convert.h"
@@ -309,6 +310,7 @@ class Suite {
     const uint32_t rows = 24;
     auto logits = both(test::normal(size_t{rows} * vocab, 3));
     for (uint32_t r = 0; r < rows; r += 5) logits.host[size_t{r} * vocab + 7] = 40;  // one that dominates
+    logits.host[size_t{11} * vocab + vocab / 2] = INFINITY;                          // this row alone has no result
     logits = both(std::move(logits.host));
     vector<vector<uint32_t>> tokens;
     vector<SamplingConfig> configs(rows);
@@ -326,33 +328,62 @@ class Suite {
       // Long enough that the penalties of all rows together touch more tokens than the smaller vocabulary has.
       for (uint32_t i = 0; i < 200; ++i) seen.push_back(test::below(i % 2 ? 10 : vocab));
     }
-    vector<SampleRow> asked;
-    for (uint32_t r = 0; r < rows; ++r) asked.push_back({r, rows - 1 - r, &configs[r], tokens[r], 10});
+    SamplePlan picked, again, looked_up;
+    for (uint32_t r = 0; r < rows; ++r) picked.pick(r, rows - 1 - r, configs[r], tokens[r], 10);
+    again.pick(0, 0, configs[0], tokens[0], 10);
+    for (uint32_t r = 0; r < rows; ++r) looked_up.score(rows - 1 - r, test::below(vocab), r % 3);
     auto last = both(vector<uint32_t>(rows, ~0u)), other = both(vector<uint32_t>(rows, ~0u));
-    reference_->start_sample(logits.host.data(), vocab, asked, last.host.data());
-    gpu_->start_sample(logits.gpu(), vocab, asked, last.gpu());
-    gpu_->start_sample(logits.gpu(), vocab, std::span(asked).first(1), other.gpu());  // before the first is finished
-    const auto want = reference_->finish_sample(), got = gpu_->finish_sample();
-    CHECK(gpu_->finish_sample()[0].token == want[0].token);
-    CHECK(download(last) == last.host);
+    gpu_->reserve({.head_dim = 256, .group = 16, .logit_rows = rows + 1, .vocab = vocab});
+    run(picked, logits, last, vocab);
+    run(again, logits, other, vocab);  // before the first is finished
+    run(looked_up, logits, other, vocab);
+    const auto want = reference_->finish_results();
+    compare(gpu_->finish_results(), want);
+    for (int i = 0; i < 2; ++i) {
+      const auto more = reference_->finish_results();
+      compare(gpu_->finish_results(), more);
+    }
+    CHECK(download(last) == last.host && download(other) == other.host);
     CHECK(download(logits) == logits.host);  // restored
-    vector<ScoreRow> looked_up;
-    for (uint32_t r = 0; r < rows; ++r) looked_up.push_back({rows - 1 - r, test::below(vocab), r % 3});
-    const auto want_scores = reference_->score(logits.host.data(), vocab, looked_up);
-    const auto got_scores = gpu_->score(logits.gpu(), vocab, looked_up);
-    compare(got, want);
-    compare(got_scores, want_scores);
     std::printf("  sample, vocabulary %u: %u rows equal\n", vocab, rows);
   }
-  static void compare(const vector<ScoredToken>& got, const vector<ScoredToken>& want) {
+  // On both devices, and a task of nothing at the end of each part.
+  void run(const SamplePlan& plan, Both<float>& logits, Both<uint32_t>& last, uint32_t vocab) {
+    uint32_t first = 0;
+    for (SamplePlan& part : plan.parts(vocab)) {
+      part.tasks.push_back(SampleTask::nothing());
+      auto tasks = both(part.tasks);
+      auto adjustments = both(part.adjustments);
+      SampleArgs args{.logits = logits.host.data(),
+                      .vocab = vocab,
+                      .tasks = tasks.host.data(),
+                      .adjustments = adjustments.host.data(),
+                      .first = first,
+                      .count = static_cast<uint32_t>(part.tasks.size()),
+                      .max_top = plan.max_top,
+                      .last_tokens = last.host.data()};
+      reference_->sample(args);
+      args.logits = logits.gpu(), args.tasks = tasks.gpu(), args.adjustments = adjustments.gpu();
+      args.last_tokens = last.gpu();
+      gpu_->sample(args);
+      first += args.count - 1;
+    }
+    for (Backend* backend : {reference_.get(), gpu_.get()}) backend->start_results(first, plan.max_top);
+  }
+  using Results = vector<std::optional<ScoredToken>>;
+  static void compare(const Results& got, const Results& want) {
     CHECK(got.size() == want.size());
     for (size_t i = 0; i < want.size(); ++i) {
-      if (got[i].token != want[i].token) std::fprintf(stderr, "row %zu: %u, not %u\n", i, got[i].token, want[i].token);
-      CHECK(got[i].token == want[i].token);
-      CHECK(std::abs(got[i].logprob - want[i].logprob) < 2e-5f * std::max(1.0f, std::abs(want[i].logprob)));
-      CHECK(got[i].top.size() == want[i].top.size());
-      for (size_t j = 0; j < want[i].top.size(); ++j) CHECK(got[i].top[j].token == want[i].top[j].token);
+      CHECK(got[i].has_value() == want[i].has_value());
+      if (want[i].has_value()) compare(i, *got[i], *want[i]);
     }
+  }
+  static void compare(size_t row, const ScoredToken& got, const ScoredToken& want) {
+    if (got.token != want.token) std::fprintf(stderr, "row %zu: %u, not %u\n", row, got.token, want.token);
+    CHECK(got.token == want.token);
+    CHECK(std::abs(got.logprob - want.logprob) < 2e-5f * std::max(1.0f, std::abs(want.logprob)));
+    CHECK(got.top.size() == want.top.size());
+    for (size_t j = 0; j < want.top.size(); ++j) CHECK(got.top[j].token == want.top[j].token);
   }
 
   void model(const Model& m) {
