@@ -3,8 +3,9 @@
 //! The policy, without threads:
 //! - First come, first served. A job enters when a slot is free and the free pages hold all its known tokens, with
 //!   some left for the others to grow.
-//! - A step first moves on everyone who needs a single token, then spends what is left of the token budget on prompts,
-//!   the oldest first, so that a long prompt is computed in chunks beside the others' generation.
+//! - A step first moves on everyone who needs a single token, then computes prompts, the oldest first, in chunks: of the
+//!   token budget they get as large a part as theirs is of the batch. A batch that only begins is filled at full speed;
+//!   one prompt beside many that generate adds few rows to their step, which reading the weights hides.
 //! - On a device that works on its own, a step is launched before the one before it is collected, so that the device
 //!   never waits. A job that turns out to have ended has then been computed one token too far, which is dropped.
 //! - When pages run out, the youngest gives its own back and waits at the head of the queue; its tokens are computed
@@ -16,6 +17,9 @@ use super::completion::FinishReason;
 use super::job::Job;
 use crate::engine::{EngineStatistics, ItemOutput, SamplingConfig, StepItem};
 use crate::{Error, Result};
+
+/// For all prompts of a step, where the budget has as many: so few cost hardly more than fewer.
+const LEAST_PROMPT_TOKENS: usize = 128;
 
 /// What the scheduler needs of an engine; the contract is that of [`crate::bridge`].
 pub(crate) trait Core {
@@ -340,10 +344,20 @@ impl<E: Core> Scheduler<E> {
             .iter()
             .filter(|running| running.goes_on())
             .partition(|running| running.to_feed() - running.cached == 1);
-        for running in single.into_iter().chain(many) {
+        for running in &single {
+            items.extend(self.plan_item(running, &mut budget)?);
+        }
+        budget.tokens = budget.tokens.min(self.tokens_for_prompts(single.len(), many.len()));
+        for running in &many {
             items.extend(self.plan_item(running, &mut budget)?);
         }
         Ok(items)
+    }
+
+    /// Tokens that the prompts of a step may take beside those who need a single one.
+    fn tokens_for_prompts(&self, single: usize, prompts: usize) -> usize {
+        let share = self.limits.max_batch_tokens * prompts / (single + prompts).max(1);
+        share.max(LEAST_PROMPT_TOKENS)
     }
 
     /// As many of the sequence's next tokens as the budget allows, which it reduces.

@@ -90,6 +90,24 @@ fn a_long_prompt_is_computed_in_chunks_beside_the_decoding_of_others() {
 }
 
 #[test]
+fn a_prompt_gets_its_share_of_the_tokens_beside_those_who_generate() {
+    let limits = Limits { pages: 2000, max_batch_tokens: 1200, max_chunk: 1200, ..LIMITS };
+    let mut scheduler = scheduler(limits);
+    let first: Vec<_> = (1..=3).map(|id| submit(&mut scheduler, plan(&vec![id; 390], 20))).collect();
+    scheduler.tick().unwrap();
+    let late = submit(&mut scheduler, plan(&[9; 700], 1));
+    drain(&mut scheduler);
+    let tokens = |step: usize| scheduler.engine.steps[step].iter().map(|item| item.tokens).collect::<Vec<_>>();
+    assert_eq!(tokens(0), [390, 390, 390]); // nobody generates: all of the budget
+    assert_eq!(tokens(1), [1, 1, 1, 300]);
+    assert_eq!(tokens(2), [1, 1, 1, 300]);
+    assert_eq!(tokens(3), [1, 1, 1, 100]);
+    assert_eq!(late.result().unwrap().unwrap().token_ids, expected(&[9; 700], 1));
+    assert!(first.iter().all(|caller| caller.result().unwrap().is_ok()));
+    assert_eq!(scheduler.tokens_for_prompts(63, 1), LEAST_PROMPT_TOKENS);
+}
+
+#[test]
 fn the_youngest_gives_way_and_the_oldest_goes_on() {
     // Two sequences that grow to 8 pages each do not fit 10 together.
     let mut scheduler = scheduler(Limits { pages: 10, ..LIMITS });
