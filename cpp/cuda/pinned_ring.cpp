@@ -1,7 +1,10 @@
 #include "cuda/pinned_ring.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <exception>
+#include <mutex>
 #include <thread>
 
 #include "cuda/check.h"
@@ -11,8 +14,7 @@ namespace gemma_cuda::cuda {
 namespace {
 
 constexpr size_t kAloneBytes = size_t{512} << 10;  // at most so much is copied by the caller alone: tables of a step
-constexpr size_t kSliceBytes = size_t{128} << 10;  // what one thread copies at a time
-constexpr uint32_t kMostThreads = 8;
+constexpr uint32_t kMostThreads = PinnedRing::kPieces / 2;
 
 uint32_t copy_threads() { return std::clamp(std::thread::hardware_concurrency() / 2, 1u, kMostThreads); }
 
@@ -28,48 +30,68 @@ void PinnedRing::reserve() {
   landing_.get<char>(kPieceBytes);
 }
 
-PinnedRing::Piece PinnedRing::fill(const char* host, size_t bytes) {
-  const size_t index = turn_++ % kPieces;
+PinnedRing::Piece PinnedRing::fill(size_t index, const char* host, size_t bytes) {
   cudaEvent_t& copied = copied_[index];
   if (copied == nullptr)
     GEMMA_CUDA_CHECK(cudaEventCreateWithFlags(&copied, cudaEventDisableTiming));
   else
     GEMMA_CUDA_CHECK(cudaEventSynchronize(copied));
   char* pinned = pinned_.get<char>(kPieces * kPieceBytes) + index * kPieceBytes;
-  if (bytes <= kAloneBytes) {
-    std::memcpy(pinned, host, bytes);
-    return {pinned, copied};
-  }
-  if (threads_ == nullptr) threads_ = std::make_unique<ThreadPool>(copy_threads());
-  threads_->run(static_cast<uint32_t>((bytes + kSliceBytes - 1) / kSliceBytes), [&](uint32_t slice) {
-    const size_t begin = slice * kSliceBytes;
-    std::memcpy(pinned + begin, host + begin, std::min(kSliceBytes, bytes - begin));
-  });
+  std::memcpy(pinned, host, bytes);
   return {pinned, copied};
 }
 
+template <class F>
+void PinnedRing::send_all(const char* host, size_t bytes, F send) {
+  if (bytes <= kAloneBytes) {
+    if (bytes > 0) send(fill(turn_++ % kPieces, host, bytes), 0, bytes);
+    return;
+  }
+  pinned_.get<char>(kPieces * kPieceBytes);  // before threads share it
+  if (threads_ == nullptr) threads_ = std::make_unique<ThreadPool>(copy_threads());
+  int device = 0;
+  GEMMA_CUDA_CHECK(cudaGetDevice(&device));
+  std::atomic<size_t> next{0};
+  std::mutex sending;
+  std::exception_ptr error;
+  threads_->run(threads_->threads(), [&](uint32_t thread) {
+    try {
+      GEMMA_CUDA_CHECK(cudaSetDevice(device));  // a thread of the pool begins with the first one
+      size_t begin = 0;
+      for (size_t turn = 0; (begin = next.fetch_add(kPieceBytes)) < bytes; ++turn) {
+        const size_t size = std::min(kPieceBytes, bytes - begin);
+        const Piece piece = fill(2 * thread + turn % 2, host + begin, size);
+        const std::scoped_lock lock(sending);
+        send(piece, begin, size);
+      }
+    } catch (...) {
+      next = bytes;  // the others need not go on
+      const std::scoped_lock lock(sending);
+      error = std::current_exception();
+    }
+  });
+  if (error != nullptr) std::rethrow_exception(error);
+}
+
 void PinnedRing::upload(void* to, const void* host, size_t bytes, cudaStream_t stream) {
-  for (size_t begin = 0; begin < bytes; begin += kPieceBytes) {
-    const size_t size = std::min(kPieceBytes, bytes - begin);
-    const Piece piece = fill(static_cast<const char*>(host) + begin, size);
+  send_all(static_cast<const char*>(host), bytes, [&](const Piece& piece, size_t begin, size_t size) {
     GEMMA_CUDA_CHECK(
         cudaMemcpyAsync(static_cast<char*>(to) + begin, piece.pinned, size, cudaMemcpyHostToDevice, stream));
     GEMMA_CUDA_CHECK(cudaEventRecord(piece.copied, stream));
-  }
+  });
 }
 
 void PinnedRing::upload_as(void* to, DType to_type, const void* host, DType host_type, size_t count,
                            cudaStream_t stream) {
-  const size_t from_size = size_of(host_type), to_size = size_of(to_type), most = kPieceBytes / from_size;
+  const size_t from_size = size_of(host_type), to_size = size_of(to_type);
   if (to_type == host_type) return upload(to, host, count * from_size, stream);
   void* landing = landing_.get<char>(kPieceBytes);  // one is enough: the stream converts a piece before the next lands
-  for (size_t begin = 0; begin < count; begin += most) {
-    const size_t n = std::min(most, count - begin);
-    const Piece piece = fill(static_cast<const char*>(host) + begin * from_size, n * from_size);
-    GEMMA_CUDA_CHECK(cudaMemcpyAsync(landing, piece.pinned, n * from_size, cudaMemcpyHostToDevice, stream));
+  send_all(static_cast<const char*>(host), count * from_size, [&](const Piece& piece, size_t begin, size_t size) {
+    GEMMA_CUDA_CHECK(cudaMemcpyAsync(landing, piece.pinned, size, cudaMemcpyHostToDevice, stream));
     GEMMA_CUDA_CHECK(cudaEventRecord(piece.copied, stream));
-    convert(static_cast<char*>(to) + begin * to_size, to_type, landing, host_type, n, stream);
-  }
+    convert(static_cast<char*>(to) + begin / from_size * to_size, to_type, landing, host_type, size / from_size,
+            stream);
+  });
 }
 
 }  // namespace gemma_cuda::cuda

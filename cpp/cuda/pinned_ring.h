@@ -1,7 +1,7 @@
 // Host data on its way to the device, through pieces of pinned memory that are used in turn: a piece is filled while
-// those before it are on the link. Tables of a step take a piece each, and the host does not wait; weights take all
-// there are, filled by several threads, since one core copies (and faults a mapped file's pages in) slower than the
-// link.
+// those before it are on the link. Tables of a step take a piece each, and the host does not wait. Of weights several
+// threads bring one piece after the other, each by two pieces of its own, since one core copies (and faults a mapped
+// file's pages in) at a tenth of the link's speed; none waits for another, but at the end.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -36,8 +36,11 @@ class PinnedRing {
     char* pinned;
     cudaEvent_t copied;  // to be recorded behind the copy that reads it
   };
-  // The next piece, once it is free, with these bytes.
-  Piece fill(const char* host, size_t bytes);
+  // The piece with this number, once it is free, with these bytes.
+  Piece fill(size_t index, const char* host, size_t bytes);
+  // Calls send(piece, begin, bytes) for every part of the host data, one call at a time, in any order.
+  template <class F>
+  void send_all(const char* host, size_t bytes, F send);
 
   PinnedScratch pinned_;
   DeviceScratch landing_;  // of data that is converted on the device
