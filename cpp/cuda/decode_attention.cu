@@ -10,6 +10,9 @@
 // the product, so one kernel serves groups of 1 to 16. No barrier but the one after the geometry is computed. A row
 // that lies in one stretch is written out; of a row that is cut each stretch leaves a partial result (maximum, sum,
 // unnormalized output), and a second kernel combines them in a fixed order.
+//
+// What earlier steps left in the cache is asked for before the kernel before has ended (launch.cuh); only the tile with
+// the newest token has to wait for it.
 #include <algorithm>
 #include <cmath>
 
@@ -107,6 +110,8 @@ struct Cursor {
     if (++at == row_end && at < end) find(args, before);
   }
   __device__ uint32_t first_token() const { return (tokens.first_tile() + at - row_begin) * kTile; }
+  // Whether the tile has the token of this step, the row's last.
+  __device__ bool newest() const { return first_token() + kTile >= tokens.end; }
 };
 
 // Starts the copies of a tile's K and V rows; tokens outside the range become zeros.
@@ -249,17 +254,20 @@ __global__ void __launch_bounds__(kMaxWarps * 32) decode_kernel(Decode args) {
   const uint32_t tiles = before[args.sequences] * args.kv_heads, stretch = blockIdx.x * warps + warp;
   const uint32_t length = stretch_length(tiles, args.stretches), begin = min(tiles, stretch * length);
   Cursor here{.at = begin, .end = min(tiles, begin + length)};
-  wait_for_last();  // also those with nothing to do: whoever waits for this kernel waits for those before it
-  if (here.done()) return;
-  here.find(args, before);
+  if (!here.done()) here.find(args, before);
   Cursor ahead = here;
-  for (int stage = 0; stage < kStages - 1; ++stage) {
+  auto fetch_next = [&](uint32_t turn) {
     if (!ahead.done()) {
-      fetch<HeadDim>(args, ahead, ring + stage * kStage, lane);
+      fetch<HeadDim>(args, ahead, ring + turn % kStages * kStage, lane);
       ahead.next(args, before);
     }
     commit_copies();
-  }
+  };
+  uint32_t fetched = 0;
+  while (fetched < kStages - 1 && !ahead.done() && !ahead.newest()) fetch_next(fetched++);
+  wait_for_last();  // also those with nothing to do: whoever waits for this kernel waits for those before it
+  if (here.done()) return;
+  while (fetched < kStages - 1) fetch_next(fetched++);
 
   uint32_t q[HeadDim / 16][4];
   State<HeadDim> state;
@@ -271,11 +279,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) decode_kernel(Decode args) {
     }
     wait_copies<kStages - 2>();
     __syncwarp();  // every lane's copies are there, and the stage filled next has been read, in the turn before
-    if (!ahead.done()) {
-      fetch<HeadDim>(args, ahead, ring + (turn + kStages - 1) % kStages * kStage, lane);
-      ahead.next(args, before);
-    }
-    commit_copies();
+    fetch_next(turn + kStages - 1);
     state.add(args, q, ring + turn % kStages * kStage, here.first_token(), here.tokens, lane);
     if (here.at + 1 == here.row_end || here.at + 1 == here.end) {
       const bool whole = piece == here.row_begin && here.at + 1 == here.row_end;
@@ -286,36 +290,61 @@ __global__ void __launch_bounds__(kMaxWarps * 32) decode_kernel(Decode args) {
   }
 }
 
-// One block a row (sequence, K/V head), one thread an element of the head: weighs the parts of a row that was cut.
-constexpr int combine_threads(int head_dim) { return head_dim < 32 ? 32 : head_dim; }
+// Weighs the parts of a row that was cut. A block takes one query head of it: parts are dealt to as many sets of
+// threads as there are, each thread with four elements of the head. Blocks are found either by row or, where there are
+// fewer stretches than rows, by the stretch that the row begins in: no more than one of them goes on in the next.
+constexpr int combine_threads(int head_dim) { return std::max(head_dim, 32); }
 
 template <int HeadDim>
-__global__ void __launch_bounds__(combine_threads(HeadDim)) combine_kernel(Decode args) {
-  extern __shared__ uint32_t before[];
+__global__ void __launch_bounds__(combine_threads(HeadDim)) combine_kernel(Decode args, bool by_stretch) {
+  constexpr int kColumns = HeadDim / 4, kSets = combine_threads(HeadDim) / kColumns;
+  extern __shared__ float2 weights[];  // [parts]
+  uint32_t* before = reinterpret_cast<uint32_t*>(weights + args.stretches);
+  __shared__ float4 sums[kSets][kColumns];
   allow_next();
   lay_out(args, before);
-  wait_for_last();
-  const uint32_t sequence = blockIdx.x, head = blockIdx.y, group = args.heads / args.kv_heads;
-  const uint32_t row_tiles = before[sequence + 1] - before[sequence];
-  if (row_tiles == 0) return;
-  const uint32_t length = stretch_length(before[args.sequences] * args.kv_heads, args.stretches);
-  const uint32_t begin = before[sequence] * args.kv_heads + head * row_tiles;
-  const uint32_t first = begin / length, last = (begin + row_tiles - 1) / length;
-  if (first == last || threadIdx.x >= HeadDim) return;
-  auto slot = [&](uint32_t stretch) { return 2 * stretch + (stretch == first && begin % length != 0 ? 1 : 0); };
-  for (uint32_t row = blockIdx.z; row < group; row += gridDim.z) {
-    float best = -INFINITY;
-    for (uint32_t i = first; i <= last; ++i) best = fmaxf(best, args.weights[size_t{slot(i)} * group + row].x);
-    float sum = 0, out = 0;
-    for (uint32_t i = first; i <= last; ++i) {
-      const size_t at = size_t{slot(i)} * group + row;
-      const float weight = fast_exp2(args.weights[at].x - best);
-      sum += args.weights[at].y * weight;
-      out += args.partial[at * HeadDim + threadIdx.x] * weight;
-    }
-    args.out[(size_t{args.cu_seqlens[sequence]} * args.heads + head * group + row) * HeadDim + threadIdx.x] =
-        __float2bfloat16_rn(out / sum);
+  const uint32_t tiles = before[args.sequences] * args.kv_heads, length = stretch_length(tiles, args.stretches);
+  Cursor row{};
+  bool mine;
+  if (by_stretch) {
+    row.at = (blockIdx.x + 1) * length - 1;
+    mine = row.at < tiles;
+  } else {
+    const uint32_t sequence = blockIdx.x / args.kv_heads, row_tiles = before[sequence + 1] - before[sequence];
+    row.at = before[sequence] * args.kv_heads + blockIdx.x % args.kv_heads * row_tiles;
+    mine = row_tiles > 0;
   }
+  if (mine) row.find(args, before);
+  const uint32_t first = row.row_begin / length, last = (row.row_end - 1) / length;
+  mine = mine && first != last && (!by_stretch || first == blockIdx.x);
+  wait_for_last();
+  if (!mine) return;
+  const uint32_t group = args.heads / args.kv_heads, parts = last - first + 1;
+  const auto at = [&](uint32_t part) {
+    return size_t{2 * (first + part) + (part == 0 && row.row_begin % length != 0 ? 1 : 0)} * group + blockIdx.y;
+  };
+  for (uint32_t i = threadIdx.x; i < parts; i += blockDim.x) weights[i] = args.weights[at(i)];
+  __syncthreads();
+  float best = -INFINITY, mass = 0;
+  for (uint32_t i = 0; i < parts; ++i) best = fmaxf(best, weights[i].x);
+  const uint32_t set = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
+  float4 sum{};
+  for (uint32_t i = set; i < parts; i += kSets) {
+    const float weight = fast_exp2(weights[i].x - best);
+    const float4 part = reinterpret_cast<const float4*>(args.partial + at(i) * HeadDim)[column];
+    sum.x += part.x * weight, sum.y += part.y * weight, sum.z += part.z * weight, sum.w += part.w * weight;
+  }
+  sums[set][column] = sum;
+  __syncthreads();
+  if (set > 0) return;
+  for (uint32_t i = 0; i < parts; ++i) mass += weights[i].y * fast_exp2(weights[i].x - best);
+  for (int i = 1; i < kSets; ++i) {
+    const float4 more = sums[i][column];
+    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+  }
+  const size_t out = size_t{args.cu_seqlens[row.sequence]} * args.heads + row.head * group + blockIdx.y;
+  reinterpret_cast<uint2*>(args.out + out * HeadDim)[column] =
+      make_uint2(pack(sum.x / mass, sum.y / mass), pack(sum.z / mass, sum.w / mass));
 }
 
 constexpr size_t ring_bytes(uint32_t head_dim, int warps) { return size_t{2 * kTile * 2} * head_dim * kStages * warps; }
@@ -344,8 +373,10 @@ void launch(Decode args, const DeviceInfo& device, const Stream& stream) {
                                         static_cast<int>(s.shared)));
   launch_early(stream, blocks, s.warps * 32, s.shared, decode_kernel<HeadDim>, args);
   const uint32_t group = args.heads / args.kv_heads;
-  launch_early(stream, dim3(args.sequences, args.kv_heads, group), combine_threads(HeadDim),
-               (args.sequences + 1) * sizeof(uint32_t), combine_kernel<HeadDim>, args);
+  const uint32_t rows = args.sequences * args.kv_heads;
+  launch_early(stream, dim3(std::min(rows, args.stretches), group), combine_threads(HeadDim),
+               args.stretches * sizeof(float2) + (args.sequences + 1) * sizeof(uint32_t), combine_kernel<HeadDim>, args,
+               rows > args.stretches);
 }
 
 uint32_t most_stretches(const DeviceInfo& device) { return 3 * device.multiprocessors * kMaxWarps; }

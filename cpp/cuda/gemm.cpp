@@ -1,13 +1,15 @@
 // cuBLASLt sees column-major matrices: our row-major w [n, k] is its k x n, x [t, k] its k x t, out [t, n] its n x t.
 // So out^T = (w as it sees it)^T x: both inputs run along k, the form for which it has the most kernels.
 //
-// The algorithm the library guesses first is up to a fifth slower than its best; so the candidates are timed before the
-// first step, on the model's own weights, for every shape that will be recorded and for the largest. What was found is
-// shared by all engines of the machine: by timing alone each would come to another choice and other bits.
+// The algorithm the library guesses first is up to a fifth slower than its best; so the candidates, and our own kernel
+// where it could be faster, are timed before the first step, on the model's own weights, for every shape that will be
+// recorded and for the largest. What was found is shared by all engines of the machine: by timing alone each would come
+// to another choice and other bits.
 #include "cuda/gemm.h"
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 
 #include "cuda/check.h"
 #include "cuda/timer.h"
@@ -17,6 +19,9 @@ namespace {
 
 constexpr int kCandidates = 8;
 constexpr int kRepeats = 6;
+
+// Stands for our own kernel among the library's algorithms, none of which is all zeros.
+constexpr Algorithm kSkinny{};
 
 cudaDataType_t data_type(DType dtype) { return dtype == DType::f32 ? CUDA_R_32F : CUDA_R_16BF; }
 
@@ -56,11 +61,10 @@ void Gemm::reserve() {
   GEMMA_CUDA_CHECK(cudaMemset(arrivals_.get<char>(kSkinnyArrivalBytes), 0, kSkinnyArrivalBytes));
 }
 
-void Gemm::run(GemmArgs args, const Stream& on) {
+void Gemm::run(GemmArgs args, const Stream& stream) {
   reserve();
-  if (skinny_gemm_fits(args, device_))
-    return skinny_gemm(args, device_, workspace_.get<char>(0), arrivals_.get<uint32_t>(0), on);
-  const cudaStream_t stream = on.stream;
+  const bool skinny = skinny_gemm_fits(args, device_);
+  if (skinny && args.tokens <= kSkinnyAlwaysTokens) return run_skinny(args, stream);
   if (const uint32_t rows = rounded_rows(args.tokens); rows <= args.capacity) args.tokens = rows;
   const Key key{args.tokens, args.w.rows, args.w.cols, args.out_dtype};
   auto found = plans_.find(key);
@@ -71,7 +75,12 @@ void Gemm::run(GemmArgs args, const Stream& on) {
   }
   Plan& plan = found->second;
   if (searches_ && !plan.searched) choose(plan, key, args, stream);
-  lt_.check(call(plan, plan.algorithm, args, stream), "cublasLtMatmul");
+  if (plan.skinny && skinny) return run_skinny(args, stream);
+  lt_.check(call(plan, plan.algorithm, args, stream.stream), "cublasLtMatmul");
+}
+
+void Gemm::run_skinny(const GemmArgs& args, const Stream& stream) {
+  skinny_gemm(args, device_, workspace_.get<char>(0), arrivals_.get<uint32_t>(0), stream);
 }
 
 Gemm::Plan Gemm::describe(const GemmArgs& args) const {
@@ -111,7 +120,7 @@ std::string Gemm::cache_key(const Key& shape) const {
   const auto& [tokens, n, k, out] = shape;
   return kind_ + "; cuBLASLt " + std::to_string(lt_.version()) + "; bf16 " + std::to_string(tokens) + " x " +
          std::to_string(n) + " x " + std::to_string(k) + " to " + (out == DType::f32 ? "f32" : "bf16") +
-         "; workspace " + std::to_string(kWorkspaceBytes);
+         "; workspace " + std::to_string(kWorkspaceBytes) + "; or skinny 1";
 }
 
 // Whether the library takes the algorithm for this product: one from a file may be anything.
@@ -123,32 +132,47 @@ bool Gemm::can_run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, cons
          call(plan, algorithm, args, stream) == CUBLAS_STATUS_SUCCESS;
 }
 
-void Gemm::choose(Plan& plan, const Key& shape, const GemmArgs& args, cudaStream_t stream) {
+void Gemm::choose(Plan& plan, const Key& shape, const GemmArgs& args, const Stream& stream) {
   const std::string key = cache_key(shape);
+  const auto usable = [&](const Algorithm& algorithm) {
+    if (algorithm == kSkinny) return skinny_gemm_fits(args, device_);
+    return can_run(plan, std::bit_cast<cublasLtMatmulAlgo_t>(algorithm), args, stream.stream);
+  };
   std::optional<Algorithm> kept = cache_.find(key);
-  if (kept && !can_run(plan, std::bit_cast<cublasLtMatmulAlgo_t>(*kept), args, stream)) {
+  if (kept && !usable(*kept)) {
     cache_.forget(key);
     kept.reset();
   }
-  if (!kept) kept = cache_.keep(key, std::bit_cast<Algorithm>(find_fastest(plan, args, stream)));
-  plan.algorithm = std::bit_cast<cublasLtMatmulAlgo_t>(*kept);
+  if (!kept) kept = cache_.keep(key, find_fastest(plan, args, stream));
+  plan.skinny = *kept == kSkinny;
+  if (!plan.skinny) plan.algorithm = std::bit_cast<cublasLtMatmulAlgo_t>(*kept);
   plan.searched = true;
 }
 
-cublasLtMatmulAlgo_t Gemm::find_fastest(const Plan& plan, const GemmArgs& args, cudaStream_t stream) {
-  cublasLtMatmulAlgo_t fastest = plan.algorithm;
+Algorithm Gemm::find_fastest(const Plan& plan, const GemmArgs& args, const Stream& stream) {
+  Algorithm fastest = std::bit_cast<Algorithm>(plan.algorithm);
   Timer timer;
-  double best = 0;
-  bool first = true;
-  for (const cublasLtMatmulHeuristicResult_t& candidate : candidates(plan)) {
-    if (call(plan, candidate.algo, args, stream) != CUBLAS_STATUS_SUCCESS) continue;  // warm-up; some cannot run
-    const double time = timer.seconds(stream, [&] {
-      for (int i = 0; i < kRepeats; ++i) lt_.check(call(plan, candidate.algo, args, stream), "cublasLtMatmul");
+  double best = INFINITY;
+  // The workspace is written in between, or smaller weights would come from the L2 cache, as they never do in a step.
+  const auto time = [&](const Algorithm& algorithm, const auto& work) {
+    const double seconds = timer.seconds(stream.stream, [&] {
+      for (int i = 0; i < kRepeats; ++i) {
+        GEMMA_CUDA_CHECK(cudaMemsetAsync(workspace_.get<char>(0), 0, workspace_.bytes(), stream.stream));
+        work();
+      }
     });
-    if (!first && time >= best) continue;
-    first = false;
-    best = time;
-    fastest = candidate.algo;
+    if (seconds >= best) return;
+    best = seconds;
+    fastest = algorithm;
+  };
+  for (const cublasLtMatmulHeuristicResult_t& candidate : candidates(plan)) {
+    const auto run = [&] { return call(plan, candidate.algo, args, stream.stream); };
+    if (run() != CUBLAS_STATUS_SUCCESS) continue;  // warm-up; some cannot run
+    time(std::bit_cast<Algorithm>(candidate.algo), [&] { lt_.check(run(), "cublasLtMatmul"); });
+  }
+  if (skinny_gemm_fits(args, device_)) {
+    run_skinny(args, stream);
+    time(kSkinny, [&] { run_skinny(args, stream); });
   }
   return fastest;
 }

@@ -147,7 +147,7 @@ void launch(const Prefill& args, const Stream& stream) {
   constexpr size_t kShared = sizeof(Shared<HeadDim, kTile>);
   GEMMA_CUDA_CHECK(cudaFuncSetAttribute(prefill_kernel<HeadDim, kTile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(kShared)));
-  launch_early(stream, dim3(args.tiles, args.heads), kWarps * 32, kShared, prefill_kernel<HeadDim, kTile>, args);
+  launch_early(stream, dim3(args.heads, args.tiles), kWarps * 32, kShared, prefill_kernel<HeadDim, kTile>, args);
 }
 
 }  // namespace

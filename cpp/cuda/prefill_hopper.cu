@@ -215,7 +215,7 @@ bool launch(const Prefill& args, const Stream& stream) {
   if (attributes.sharedSizeBytes == 0) return false;  // compiled without its body
   GEMMA_CUDA_CHECK(
       cudaFuncSetAttribute(prefill_kernel<HeadDim, Keys>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  launch_early(stream, dim3(args.tiles, args.heads), kThreads, kBytes, prefill_kernel<HeadDim, Keys>, args);
+  launch_early(stream, dim3(args.heads, args.tiles), kThreads, kBytes, prefill_kernel<HeadDim, Keys>, args);
   return true;
 }
 

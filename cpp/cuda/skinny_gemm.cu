@@ -1,4 +1,4 @@
-// out [tokens, n] = x [tokens, k] w [n, k]^T in bf16 with f32 sums, for up to 32 tokens: the products of a small decode
+// out [tokens, n] = x [tokens, k] w [n, k]^T in bf16 with f32 sums, for up to 64 tokens: the products of a small decode
 // step. Reading w takes all the time, so everything here keeps the memory busy, from before the first instruction that
 // needs x to after the last product.
 //
@@ -8,16 +8,18 @@
 // tell the products which slot is full and the copies which is empty again. The weights depend on no kernel: the ring
 // is full of them before the kernel before has ended (programmatic dependent launch).
 //
-// All slots of all tiles, in order, are cut into one even run a multiprocessor (stream-K), so that none is ever idle
-// whatever n is. A tile that is cut is summed by the block that comes to its end last: the others have left their parts
-// of the sum in global memory, which the L2 cache holds, and it adds all of them in the order of k. So the result does
-// not depend on which block that was, nor on the number of tokens: a token's results are the same in every batch. No
-// block waits for another, which a GPU shared with other work might never start.
+// As many tiles as there are multiprocessors, or a multiple, are computed whole, one block each. The slots of the
+// others, in order, are cut into one even run a block, which it takes first (stream-K), so that no multiprocessor is
+// ever idle whatever n is. A tile that is cut is summed by the block that comes to its end last: the others have left
+// their parts of the sum in global memory, which the L2 cache holds, and it adds all of them in the order of k. So the
+// result does not depend on which block that was, nor on the number of tokens: a token's results are the same in every
+// batch. No block waits for another, which a GPU shared with other work might never start.
 //
-// Reaches, on an H100, for the products of gemma-7b timed alone at 2 tokens: 2.8 TB/s for gate and up (302 MB), 2.5 for
-// down, 2.3 for q, k and v, 1.4 for the output of attention (25 MB); a whole decode step of one sequence takes 5 % less
-// time than with cuBLASLt's fastest. At 64 tokens, where x takes half as much of the L2 cache's bandwidth as w, it was
-// no faster than cuBLASLt, which is used there.
+// Reaches, on an H100, for the products of gemma-7b one after the other with a small kernel between (us; TB/s):
+//            q, k, v (75 MB)   attention's output (25 MB)   gate and up (302 MB)   down (151 MB)
+//  8 tokens  28.7; 2.63        13.3; 1.89                   100.3; 3.01            53.8; 2.81
+// 64 tokens  29.4; 2.57        15.7; 1.61                   106.3; 2.84            57.2; 2.64
+// cuBLASLt's fastest at 64: 30.3, 12.6, 111.6, 60.0. Of the rest, joining the tiles that are cut takes 1 to 4 us.
 #include <cuda_bf16.h>
 
 #include <algorithm>
@@ -54,7 +56,8 @@ struct SkinnyGemm {
   bool wide;  // f32
   uint32_t tokens, n;
   uint32_t depth;      // slots of a tile
-  uint32_t work;       // slots of all tiles
+  uint32_t cut_tiles;  // they come first
+  uint32_t whole;      // tiles a block computes whole
   float4* partials;    // [block][its first tile, its last][Tokens / 8][kGroups * kGroup]
   uint32_t* arrivals;  // [tile][group]
 };
@@ -65,12 +68,15 @@ struct Barriers {
   Barrier full[kMaxSlots], empty[kMaxSlots];
 };
 
-// The slots of a block's run: from its first to the next block's.
+// The slots of cut tiles that a block has: from its first to the next block's.
 __device__ inline uint32_t first_slot(const SkinnyGemm& args, uint32_t block) {
-  return static_cast<uint32_t>(uint64_t{block} * args.work / gridDim.x);
+  return static_cast<uint32_t>(uint64_t{block} * args.cut_tiles * args.depth / gridDim.x);
 }
 __device__ inline uint32_t block_of(const SkinnyGemm& args, uint32_t slot) {
-  return static_cast<uint32_t>(((uint64_t{slot} + 1) * gridDim.x - 1) / args.work);
+  return static_cast<uint32_t>(((uint64_t{slot} + 1) * gridDim.x - 1) / (args.cut_tiles * args.depth));
+}
+__device__ inline uint32_t whole_tile(const SkinnyGemm& args, uint32_t i) {
+  return args.cut_tiles + i * gridDim.x + blockIdx.x;
 }
 
 // Weights are read once, x by every block: how the L2 cache is to treat them.
@@ -89,17 +95,20 @@ __device__ inline void copy_box(uint32_t to, const CUtensorMap& map, uint32_t ro
 template <int Tokens>
 __device__ void produce(const SkinnyGemm& args, const CUtensorMap& w, const CUtensorMap& x, uint32_t ring,
                         Barriers& barriers) {
-  const uint32_t begin = first_slot(args, blockIdx.x), count = first_slot(args, blockIdx.x + 1) - begin;
+  const uint32_t begin = first_slot(args, blockIdx.x), cut = first_slot(args, blockIdx.x + 1) - begin,
+                 count = cut + args.whole * args.depth;
+  auto row = [&](uint32_t i) {
+    return kTileRows * (i < cut ? (begin + i) / args.depth : whole_tile(args, (i - cut) / args.depth));
+  };
+  auto column = [&](uint32_t i) { return kSlotColumns * ((i < cut ? begin + i : i - cut) % args.depth); };
   auto at = [&](uint32_t i) { return ring + i % kSlots<Tokens> * kSlotBytes<Tokens>; };
   auto bring_weights = [&](uint32_t i) {
     Barrier& full = barriers.full[i % kSlots<Tokens>];
     arrive_expecting(full, kSlotBytes<Tokens>);
-    copy_box(at(i), w, (begin + i) / args.depth * kTileRows, (begin + i) % args.depth * kSlotColumns, full,
-             kEvictFirst);
+    copy_box(at(i), w, row(i), column(i), full, kEvictFirst);
   };
   auto bring_x = [&](uint32_t i) {
-    copy_box(at(i) + kWeightBytes, x, 0, (begin + i) % args.depth * kSlotColumns, barriers.full[i % kSlots<Tokens>],
-             kEvictLast);
+    copy_box(at(i) + kWeightBytes, x, 0, column(i), barriers.full[i % kSlots<Tokens>], kEvictLast);
   };
   const uint32_t early = min(count, kSlots<Tokens>);
   for (uint32_t i = 0; i < early; ++i) bring_weights(i);
@@ -131,6 +140,12 @@ __device__ inline uint32_t load_acquire(const uint32_t& from) {
   return value;
 }
 
+__device__ inline uint32_t add_acquire_release(uint32_t& to) {
+  uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(&to) : "memory");
+  return before;
+}
+
 // The parts that blocks have of a tile, added in the order of k by the block that brings the last one. Returns whether
 // that is this block; `sums` is then the whole.
 template <int N>
@@ -149,24 +164,24 @@ __device__ bool join_parts(float (&sums)[N][4], const SkinnyGemm& args, uint32_t
 #pragma unroll
     for (int i = 0; i < N; ++i)
       __stcg(mine + i * kGroups * kGroup, make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]));
-    __threadfence();
     any_of_group(group, false);  // all have
-    complete = any_of_group(group, one && atomicAdd(&arrived, 1) == others);
+    complete = any_of_group(group, one && add_acquire_release(arrived) == others);
   }
   if (!complete) return false;
-  __threadfence();
   if (one) arrived = 0;
   float total[N][4] = {};
   for (uint32_t block = first_block; block <= last_block; ++block) {
-    const float4* theirs = part(block);
+    float4 more[N];  // all of them asked for before the first is needed
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      more[i] = block == blockIdx.x ? make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3])
+                                    : __ldcg(part(block) + i * kGroups * kGroup);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float4 more = block == blockIdx.x ? make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3])
-                                              : __ldcg(theirs + i * kGroups * kGroup);
-      total[i][0] += more.x;
-      total[i][1] += more.y;
-      total[i][2] += more.z;
-      total[i][3] += more.w;
+      total[i][0] += more[i].x;
+      total[i][1] += more[i].y;
+      total[i][2] += more[i].z;
+      total[i][3] += more[i].w;
     }
   }
 #pragma unroll
@@ -203,28 +218,34 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
     if (lane == 0) arrive(barriers.empty[slot]);
   };
   uint32_t slot = 0, parity = 0;
-  for (uint32_t at = begin; at < end;) {
-    const uint32_t tile = at / args.depth, tile_begin = tile * args.depth, tile_end = tile_begin + args.depth;
-    const uint32_t from = at, to = min(tile_end, end);
-    float sums[Tokens / 8][4];
-    for (; at < to; ++at) {
+  float sums[Tokens / 8][4];
+  auto add_slots = [&](uint32_t count) {
+    for (uint32_t i = 0; i < count; ++i) {
       wait(barriers.full[slot], parity);
       const uint32_t weights = ring + slot * kSlotBytes<Tokens>, x = weights + kWeightBytes;
       begin_products();
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         multiply_columns(sums, operand(weights + group * kGroupRows * kRowBytes + 32 * k, 0), operand(x + 32 * k, 0),
-                         at > from || k > 0);
+                         i > 0 || k > 0);
       commit_products();
       wait_products<1>();  // those of the slot before
-      if (at > from) free((slot + kSlots<Tokens> - 1) % kSlots<Tokens>);
+      if (i > 0) free((slot + kSlots<Tokens> - 1) % kSlots<Tokens>);
       if (++slot == kSlots<Tokens>) slot = 0, parity ^= 1;
     }
     wait_products<0>();
     pin(sums);
     free((slot + kSlots<Tokens> - 1) % kSlots<Tokens>);
-    const bool whole = from == tile_begin && to == tile_end;
-    if (whole || join_parts(sums, args, tile, group)) store(sums, args, tile);
+  };
+  for (uint32_t at = begin; at < end;) {
+    const uint32_t tile = at / args.depth, count = min((tile + 1) * args.depth, end) - at;
+    add_slots(count);
+    if (count == args.depth || join_parts(sums, args, tile, group)) store(sums, args, tile);
+    at += count;
+  }
+  for (uint32_t i = 0; i < args.whole; ++i) {
+    add_slots(args.depth);
+    store(sums, args, whole_tile(args, i));
   }
 }
 
@@ -273,10 +294,13 @@ void launch(const GemmArgs& args, const DeviceInfo& device, void* partials, uint
   work.tokens = args.tokens;
   work.n = args.w.rows;
   work.depth = (args.w.cols + kSlotColumns - 1) / kSlotColumns;
-  work.work = tiles(args) * work.depth;
   work.partials = static_cast<float4*>(partials);
   work.arrivals = arrivals;
-  const uint32_t blocks = std::min<uint32_t>(device.multiprocessors, work.work);
+  const uint32_t blocks = std::min<uint32_t>(device.multiprocessors, tiles(args) * work.depth);
+  // Fewer cut tiles than half the blocks would be in too many parts each.
+  work.whole = tiles(args) / blocks;
+  if (work.whole > 0 && tiles(args) % blocks < blocks / 2) --work.whole;
+  work.cut_tiles = tiles(args) - work.whole * blocks;
   constexpr uint32_t kBytes = kSlots<Tokens> * kSlotBytes<Tokens> + 1024;  // to begin at a multiple of it
   GEMMA_CUDA_CHECK(
       cudaFuncSetAttribute(skinny_gemm_kernel<Tokens>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
@@ -297,7 +321,10 @@ bool skinny_gemm_fits(const GemmArgs& args, const DeviceInfo& device) {
 
 void skinny_gemm(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals,
                  const Stream& stream) {
-  const auto run = args.tokens <= 8 ? launch<8> : args.tokens <= 16 ? launch<16> : launch<32>;
+  const auto run = args.tokens <= 8    ? launch<8>
+                   : args.tokens <= 16 ? launch<16>
+                   : args.tokens <= 32 ? launch<32>
+                                       : launch<64>;
   run(args, device, partials, arrivals, stream);
 }
 

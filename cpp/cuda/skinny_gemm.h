@@ -7,7 +7,8 @@
 
 namespace gemma_cuda::cuda {
 
-constexpr uint32_t kSkinnyTokens = 32;  // at most
+constexpr uint32_t kSkinnyTokens = 64;        // at most
+constexpr uint32_t kSkinnyAlwaysTokens = 32;  // up to so many it is faster than any other
 
 // Whether skinny_gemm() has a kernel for the device and the product.
 bool skinny_gemm_fits(const GemmArgs& args, const DeviceInfo& device);
