@@ -80,8 +80,7 @@ Names names(const DeviceInfo& device) {
 }
 
 uint64_t workspace_of(const DeviceInfo& device, const WorkLimits& limits) {
-  return Gemm::reserved_bytes(device) + PinnedRing::kPieceBytes +
-         Sampler::reserved_bytes(limits.logit_rows, limits.vocab) +
+  return Gemm::kReservedBytes + PinnedRing::kPieceBytes + Sampler::reserved_bytes(limits.logit_rows, limits.vocab) +
          decode_scratch_bytes(device, limits.head_dim, limits.group);
 }
 

@@ -1,15 +1,13 @@
 // cuBLASLt sees column-major matrices: our row-major w [n, k] is its k x n, x [t, k] its k x t, out [t, n] its n x t.
 // So out^T = (w as it sees it)^T x: both inputs run along k, the form for which it has the most kernels.
 //
-// The algorithm the library guesses first is up to a fifth slower than its best; so the candidates, and our own kernel
-// where it could be faster, are timed before the first step, on the model's own weights, for every shape that will be
-// recorded and for the largest. What was found is shared by all engines of the machine: by timing alone each would come
-// to another choice and other bits.
+// The algorithm the library guesses first is up to a fifth slower than its best; so the candidates are timed before the
+// first step, on the model's own weights, for every shape that will be recorded and for the largest. What was found is
+// shared by all engines of the machine: by timing alone each would come to another choice and other bits.
 #include "cuda/gemm.h"
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 
 #include "cuda/check.h"
 #include "cuda/timer.h"
@@ -19,9 +17,6 @@ namespace {
 
 constexpr int kCandidates = 8;
 constexpr int kRepeats = 6;
-
-// Stands for our own kernel among the library's algorithms, none of which is all zeros.
-constexpr Algorithm kSkinny{};
 
 cudaDataType_t data_type(DType dtype) { return dtype == DType::f32 ? CUDA_R_32F : CUDA_R_16BF; }
 
@@ -61,10 +56,11 @@ void Gemm::reserve() {
   GEMMA_CUDA_CHECK(cudaMemset(arrivals_.get<char>(kSkinnyArrivalBytes), 0, kSkinnyArrivalBytes));
 }
 
-void Gemm::run(GemmArgs args, const Stream& stream) {
+void Gemm::run(GemmArgs args, const Stream& on) {
   reserve();
-  const bool skinny = skinny_gemm_fits(args, device_);
-  if (skinny && args.tokens <= kSkinnyAlwaysTokens) return run_skinny(args, stream);
+  if (skinny_gemm_fits(args, device_))
+    return skinny_gemm(args, device_, workspace_.get<char>(0), arrivals_.get<uint32_t>(0), on);
+  const cudaStream_t stream = on.stream;
   if (const uint32_t rows = rounded_rows(args.tokens); rows <= args.capacity) args.tokens = rows;
   const Key key{args.tokens, args.w.rows, args.w.cols, args.out_dtype};
   auto found = plans_.find(key);
@@ -75,12 +71,7 @@ void Gemm::run(GemmArgs args, const Stream& stream) {
   }
   Plan& plan = found->second;
   if (searches_ && !plan.searched) choose(plan, key, args, stream);
-  if (plan.skinny && skinny) return run_skinny(args, stream);
-  lt_.check(call(plan, plan.algorithm, args, stream.stream), "cublasLtMatmul");
-}
-
-void Gemm::run_skinny(const GemmArgs& args, const Stream& stream) {
-  skinny_gemm(args, device_, workspace_.get<char>(0), arrivals_.get<uint32_t>(0), stream);
+  lt_.check(call(plan, plan.algorithm, args, stream), "cublasLtMatmul");
 }
 
 Gemm::Plan Gemm::describe(const GemmArgs& args) const {
@@ -120,7 +111,7 @@ std::string Gemm::cache_key(const Key& shape) const {
   const auto& [tokens, n, k, out] = shape;
   return kind_ + "; cuBLASLt " + std::to_string(lt_.version()) + "; bf16 " + std::to_string(tokens) + " x " +
          std::to_string(n) + " x " + std::to_string(k) + " to " + (out == DType::f32 ? "f32" : "bf16") +
-         "; workspace " + std::to_string(kWorkspaceBytes) + "; or skinny 1";
+         "; workspace " + std::to_string(kWorkspaceBytes);
 }
 
 // Whether the library takes the algorithm for this product: one from a file may be anything.
@@ -132,47 +123,32 @@ bool Gemm::can_run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, cons
          call(plan, algorithm, args, stream) == CUBLAS_STATUS_SUCCESS;
 }
 
-void Gemm::choose(Plan& plan, const Key& shape, const GemmArgs& args, const Stream& stream) {
+void Gemm::choose(Plan& plan, const Key& shape, const GemmArgs& args, cudaStream_t stream) {
   const std::string key = cache_key(shape);
-  const auto usable = [&](const Algorithm& algorithm) {
-    if (algorithm == kSkinny) return skinny_gemm_fits(args, device_);
-    return can_run(plan, std::bit_cast<cublasLtMatmulAlgo_t>(algorithm), args, stream.stream);
-  };
   std::optional<Algorithm> kept = cache_.find(key);
-  if (kept && !usable(*kept)) {
+  if (kept && !can_run(plan, std::bit_cast<cublasLtMatmulAlgo_t>(*kept), args, stream)) {
     cache_.forget(key);
     kept.reset();
   }
-  if (!kept) kept = cache_.keep(key, find_fastest(plan, args, stream));
-  plan.skinny = *kept == kSkinny;
-  if (!plan.skinny) plan.algorithm = std::bit_cast<cublasLtMatmulAlgo_t>(*kept);
+  if (!kept) kept = cache_.keep(key, std::bit_cast<Algorithm>(find_fastest(plan, args, stream)));
+  plan.algorithm = std::bit_cast<cublasLtMatmulAlgo_t>(*kept);
   plan.searched = true;
 }
 
-Algorithm Gemm::find_fastest(const Plan& plan, const GemmArgs& args, const Stream& stream) {
-  Algorithm fastest = std::bit_cast<Algorithm>(plan.algorithm);
+cublasLtMatmulAlgo_t Gemm::find_fastest(const Plan& plan, const GemmArgs& args, cudaStream_t stream) {
+  cublasLtMatmulAlgo_t fastest = plan.algorithm;
   Timer timer;
-  double best = INFINITY;
-  // The workspace is written in between, or smaller weights would come from the L2 cache, as they never do in a step.
-  const auto time = [&](const Algorithm& algorithm, const auto& work) {
-    const double seconds = timer.seconds(stream.stream, [&] {
-      for (int i = 0; i < kRepeats; ++i) {
-        GEMMA_CUDA_CHECK(cudaMemsetAsync(workspace_.get<char>(0), 0, workspace_.bytes(), stream.stream));
-        work();
-      }
-    });
-    if (seconds >= best) return;
-    best = seconds;
-    fastest = algorithm;
-  };
+  double best = 0;
+  bool first = true;
   for (const cublasLtMatmulHeuristicResult_t& candidate : candidates(plan)) {
-    const auto run = [&] { return call(plan, candidate.algo, args, stream.stream); };
-    if (run() != CUBLAS_STATUS_SUCCESS) continue;  // warm-up; some cannot run
-    time(std::bit_cast<Algorithm>(candidate.algo), [&] { lt_.check(run(), "cublasLtMatmul"); });
-  }
-  if (skinny_gemm_fits(args, device_)) {
-    run_skinny(args, stream);
-    time(kSkinny, [&] { run_skinny(args, stream); });
+    if (call(plan, candidate.algo, args, stream) != CUBLAS_STATUS_SUCCESS) continue;  // warm-up; some cannot run
+    const double time = timer.seconds(stream, [&] {
+      for (int i = 0; i < kRepeats; ++i) lt_.check(call(plan, candidate.algo, args, stream), "cublasLtMatmul");
+    });
+    if (!first && time >= best) continue;
+    first = false;
+    best = time;
+    fastest = candidate.algo;
   }
   return fastest;
 }

@@ -3,7 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <map>
 #include <string>
 #include <tuple>
@@ -36,9 +35,7 @@ class Gemm {
   // Takes the memory that products need; it is used by one stream at a time.
   void reserve();
   size_t device_bytes() const { return workspace_.bytes() + arrivals_.bytes(); }
-  static size_t reserved_bytes(const DeviceInfo& device) {
-    return std::max(kWorkspaceBytes, skinny_partial_bytes(device)) + kSkinnyArrivalBytes;
-  }
+  static constexpr size_t kReservedBytes = kWorkspaceBytes + kSkinnyArrivalBytes;
 
  private:
   // Everything a call of one shape needs.
@@ -46,7 +43,6 @@ class Gemm {
     cublasLtMatmulDesc_t desc = nullptr;
     cublasLtMatrixLayout_t w = nullptr, x = nullptr, out = nullptr;
     cublasLtMatmulAlgo_t algorithm{};
-    bool skinny = false;  // our own kernel instead
     bool searched = false;
   };
   using Key = std::tuple<uint32_t, uint32_t, uint32_t, DType>;  // tokens, n, k, type of the output
@@ -55,9 +51,8 @@ class Gemm {
   std::vector<cublasLtMatmulHeuristicResult_t> candidates(const Plan& plan) const;
   std::string cache_key(const Key& shape) const;
   bool can_run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const GemmArgs& args, cudaStream_t stream);
-  void choose(Plan& plan, const Key& shape, const GemmArgs& args, const Stream& stream);
-  Algorithm find_fastest(const Plan& plan, const GemmArgs& args, const Stream& stream);
-  void run_skinny(const GemmArgs& args, const Stream& stream);
+  void choose(Plan& plan, const Key& shape, const GemmArgs& args, cudaStream_t stream);
+  cublasLtMatmulAlgo_t find_fastest(const Plan& plan, const GemmArgs& args, cudaStream_t stream);
   cublasStatus_t call(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const GemmArgs& args,
                       cudaStream_t stream);
 

@@ -7,8 +7,7 @@
 
 namespace gemma_cuda::cuda {
 
-constexpr uint32_t kSkinnyTokens = 64;        // at most
-constexpr uint32_t kSkinnyAlwaysTokens = 32;  // up to so many it is faster than any other
+constexpr uint32_t kSkinnyTokens = 64;  // at most
 
 // Whether skinny_gemm() has a kernel for the device and the product.
 bool skinny_gemm_fits(const GemmArgs& args, const DeviceInfo& device);

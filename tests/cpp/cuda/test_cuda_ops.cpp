@@ -186,8 +186,8 @@ class Suite {
     }
   }
 
-  // The kernel of sm_90a for few rows by itself, as it is chosen by timing where there are more than a few: right, with
-  // rows of w that fill no tile, and adding in one order, whatever the batch.
+  // The kernel of sm_90a for few rows: right with rows of w that fill no tile, with tiles that are cut and such that
+  // are not, and adding in one order, whatever the batch.
   void skinny_gemm(uint32_t n, uint32_t k) {
     cuda::DeviceInfo device{.index = 0};
     int major = 0;
