@@ -19,8 +19,8 @@ struct Prefill {
   bf16_t* out;
 };
 
-// Work of a block: a query tile of one head. The last tiles, which see the most keys, come first, with all their heads,
-// so that at the end there are short ones left for the multiprocessors that are free.
+// Work of a block: a query tile of one head. The tiles come in order, the longest work first, each with all its heads:
+// at the end there are short ones left for the multiprocessors that are free.
 struct PrefillWork {
   uint32_t sequence, head, kv_head;
   uint32_t rows;       // new tokens in the tile
@@ -32,7 +32,7 @@ struct PrefillWork {
 
   // False: the block has nothing to do.
   __device__ bool find(const Prefill& args, int head_dim) {
-    const QueryTile tile = args.query_tiles[args.tiles - 1 - blockIdx.y];
+    const QueryTile tile = args.query_tiles[blockIdx.y];
     if (tile.sequence == kNoSequence) return false;
     sequence = tile.sequence;
     head = blockIdx.x;
