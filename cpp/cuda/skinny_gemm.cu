@@ -46,6 +46,7 @@ constexpr uint32_t kRowBytes = 128;
 constexpr uint32_t kWeightBytes = kTileRows * kRowBytes;
 constexpr uint32_t kRingBytes = 208 << 10;  // leaves the kernels beside it some
 constexpr uint32_t kMaxSlots = 16;
+constexpr uint32_t kLeastSlots = 8;  // in a block's part of a tile: fewer take less time than joining another part
 
 template <int Tokens>
 constexpr uint32_t kSlotBytes = kWeightBytes + Tokens* kRowBytes;
@@ -297,7 +298,8 @@ void launch(const GemmArgs& args, const DeviceInfo& device, void* partials, uint
   work.depth = (args.w.cols + kSlotColumns - 1) / kSlotColumns;
   work.partials = static_cast<float4*>(partials);
   work.arrivals = arrivals;
-  const uint32_t blocks = std::min<uint32_t>(device.multiprocessors, tiles(args) * work.depth);
+  const uint32_t blocks =
+      std::min<uint32_t>(device.multiprocessors, tiles(args) * std::max(1u, work.depth / kLeastSlots));
   // Fewer cut tiles than half the blocks would be in too many parts each.
   work.whole = tiles(args) / blocks;
   if (work.whole > 0 && tiles(args) % blocks < blocks / 2) --work.whole;
