@@ -56,16 +56,16 @@ class Forward {
     const Adjustment* adjustments;  // last: how many there are differs where all else has the same shape
   };
   struct Activations {
-    Buffer residual;   // [t, hidden] float32
-    Buffer x;          // [t, hidden] normed input of a block
-    Buffer qkv;        // [t, qkv_width]
-    Buffer q;          // [t, q_width] rotated queries
-    Buffer attended;   // [t, q_width]
-    Buffer gate_up;    // [t, 2 ffn]
-    Buffer activated;  // [t, ffn]
-    Buffer delta;      // [t, hidden] a block's output
-    Buffer last;       // [r, hidden] normed rows for the logits
-    Buffer logits;     // [r, vocab] float32
+    Buffer residual;  // [t, hidden] float32
+    Buffer x;         // [t, hidden] a block's normed input, then its output
+    Buffer within;    // what a block has only within it, one after the other in the same memory
+    char* qkv;        // [t, qkv_width]
+    char* q;          // [t, q_width] rotated queries
+    char* attended;   // [t, q_width]
+    char* gate_up;    // [a slice of t, 2 ffn]
+    char* activated;  // [a slice of t, ffn]
+    Buffer last;      // [r, hidden] normed rows for the logits
+    Buffer logits;    // [r, vocab] float32
   };
   struct KvBuffers {
     Buffer keys, values;
@@ -84,7 +84,7 @@ class Forward {
   void mlp_block(uint32_t layer, uint32_t tokens);
   // residual += delta (normed by `post` where the model does), then x = norm(residual, next) where there is a next.
   void add_and_norm(const Buffer* post, const Buffer* next, uint32_t tokens);
-  void gemm(const Buffer& x, Matrix w, const Buffer& out, uint32_t tokens);
+  void gemm(const void* x, Matrix w, void* out, uint32_t tokens, uint32_t capacity);
   void keep_hidden(std::vector<std::vector<float>>* hidden, uint32_t tokens);
   void replace_last_hidden(std::vector<std::vector<float>>& hidden, uint32_t tokens);
   void logits(const BatchPlan& plan);

@@ -17,12 +17,13 @@
 namespace gemma_cuda::cuda {
 namespace {
 
-// Makes the device current for this thread, and the one before current again.
+// Makes the device current for this thread, and the one before current again. It is set even if it is current already:
+// in a new thread that is so by default, but only the call binds its context, which cuBLASLt looks for.
 class DeviceScope {
  public:
   explicit DeviceScope(int device) {
     GEMMA_CUDA_CHECK(cudaGetDevice(&before_));
-    if (before_ != device) GEMMA_CUDA_CHECK(cudaSetDevice(device));
+    GEMMA_CUDA_CHECK(cudaSetDevice(device));
     device_ = device;
   }
   ~DeviceScope() {

@@ -45,7 +45,7 @@ struct EmbedArgs {
 //   out = norm(residual[rows], weight)                                where weight is given
 struct NormArgs {
   float* residual;                      // [t, h]
-  const void* delta = nullptr;          // [t, h] act: the output of the block before
+  const void* delta = nullptr;          // [t, h] act: the output of the block before; may be where `out` goes
   const float* delta_weight = nullptr;  // [h]
   const uint32_t* rows = nullptr;       // [tokens] rows of residual to norm; all in order where null. Not with delta
   const float* weight = nullptr;        // [h]

@@ -141,6 +141,39 @@ void cutting_changes_nothing(int family, DType compute) {
   }
 }
 
+// Passes beyond what the MLP takes at a time.
+void long_passes_have_the_results_of_short_ones() {
+  ModelSpec spec = random_model(2);
+  spec.max_positions = 128;
+  const uint32_t sequences = 90, length = 100;
+  EngineOptions options;
+  options.compute = options.weights = DType::bf16;
+  options.pages = 360;
+  options.max_sequences = sequences;
+  options.max_logit_rows = 1;
+  options.max_batch_tokens = sequences * length;
+  options.prefix_cache = false;
+  const auto engine = make_engine(spec, random_parameters(spec), options);
+  const auto hidden = [&](uint32_t at_once) {
+    std::vector<std::vector<float>> out;
+    for (uint32_t i = 0; i < sequences; i += at_once) {
+      std::vector<StepItem> items;
+      for (uint32_t j = i; j < i + at_once; ++j) {
+        const std::vector<uint32_t> tokens(length, 1 + j % (spec.vocab_size - 1));
+        items.push_back(
+            {.sequence = engine->add_sequence(tokens, length, {}, false), .tokens = length, .hidden = true});
+      }
+      for (ItemOutput& output : engine->step(items)) out.push_back(std::move(output.hidden));
+      for (const StepItem& item : items) engine->remove_sequence(item.sequence);
+    }
+    return out;
+  };
+  const auto together = hidden(sequences);
+  CHECK(together == hidden(1));
+  CHECK(together == hidden(45));
+  CHECK(together[0] != together[1]);
+}
+
 void a_reused_prefix_changes_nothing() {
   const ModelSpec spec = random_model(3);
   EngineOptions options;
@@ -460,6 +493,7 @@ void damaged_weights_end_only_the_sequences_that_meet_them() {
 int main() {
   for (int family : {1, 2, 3})
     for (DType compute : {DType::f32, DType::bf16}) cutting_changes_nothing(family, compute);
+  long_passes_have_the_results_of_short_ones();
   a_reused_prefix_changes_nothing();
   scores_and_samples_agree_with_logits();
   bad_calls_are_refused_and_change_nothing();

@@ -117,6 +117,23 @@ void norm(Backend& backend, DType act, uint32_t t, uint32_t h, bool with_delta, 
   CHECK(test::relative_error(residual, want_residual) < limit(DType::f32));
   CHECK(test::relative_error(out.values(), want) < limit(act));
 
+  if (with_delta) {  // in place: the same bits
+    Typed place = delta;
+    vector<float> again = before;
+    void* at = act == DType::f32 ? static_cast<void*>(place.wide.data()) : place.narrow.data();
+    backend.norm({.residual = again.data(),
+                  .delta = at,
+                  .delta_weight = post ? post_w.data() : nullptr,
+                  .weight = w.data(),
+                  .out = at,
+                  .tokens = t,
+                  .hidden = h,
+                  .eps = 1e-6f});
+    CHECK(again == residual);
+    CHECK(act == DType::f32 ? place.wide == out.wide
+                            : std::memcmp(place.narrow.data(), out.narrow.data(), t * h * sizeof(bf16)) == 0);
+  }
+
   const vector<uint32_t> rows{t - 1, 0};  // only some rows, in another order
   Output picked(act, 2 * h);
   backend.norm({.residual = residual.data(),
