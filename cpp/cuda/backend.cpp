@@ -219,6 +219,7 @@ class CudaBackend final : public Backend {
   void geglu(const GegluArgs& args) override {
     on_device([&] { cuda::geglu(args, stream()); });
   }
+  void quantize(const QuantizeArgs&) override { throw Error::device("FP8 is not there yet on CUDA"); }
   void soft_cap(const SoftCapArgs& args) override {
     on_device([&] { cuda::soft_cap(args, stream()); });
   }

@@ -70,6 +70,7 @@ void convert_to(To* to, const void* from, DType from_type, size_t count, cudaStr
     case DType::f16:
       convert_kernel<<<blocks(count), kThreads, 0, stream>>>(to, static_cast<const __half*>(from), count);
       break;
+    case DType::e4m3: throw Error::invalid_argument("FP8 is not converted without its scale");
   }
 }
 

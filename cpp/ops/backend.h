@@ -25,6 +25,16 @@ struct Matrix {  // row-major, contiguous
   const void* data = nullptr;
   DType dtype = DType::f32;
   uint32_t rows = 0, cols = 0;
+  const float* scales = nullptr;  // e4m3: [rows], what a row's elements are to be multiplied by
+};
+
+// How an operation writes what a product of FP8 will read: e4m3(y / scale), rounded to nearest even and saturating at
+// 448. The scale is given, one for all rows (static), or it is the row's largest magnitude / 448, 1 for a row of zeros,
+// and is written beside it (dynamic). Neither: y stays act.
+struct Quantize {
+  const float* scale = nullptr;  // one
+  float* row_scales = nullptr;   // [rows]
+  explicit operator bool() const { return scale != nullptr || row_scales != nullptr; }
 };
 
 // An id that stands for last_tokens[id - kPendingToken]: a token that is still being sampled.
@@ -49,28 +59,33 @@ struct NormArgs {
   const float* delta_weight = nullptr;  // [h]
   const uint32_t* rows = nullptr;       // [tokens] rows of residual to norm; all in order where null. Not with delta
   const float* weight = nullptr;        // [h]
-  void* out = nullptr;                  // [tokens, h] act
+  void* out = nullptr;                  // [tokens, h] act, or e4m3 with `quantize`, then not where delta is
+  Quantize quantize{};
   uint32_t tokens;
   uint32_t hidden;
   float eps;
 };
 
-// out = x w^T
+// out = x w^T. With w in e4m3 x is so too, and a product is multiplied by the scales of its row of x and row of w.
 struct GemmArgs {
-  const void* x;  // [t, w.cols] act
-  Matrix w;       // [n, k]
-  void* out;      // [t, n]
+  const void* x;       // [t, w.cols] act or e4m3
+  Quantize x_scale{};  // of x in e4m3: what it was written with
+  Matrix w;            // [n, k]
+  void* out;           // [t, n]
   DType out_dtype;
   uint32_t tokens;
   uint32_t capacity = 0;  // rows that x and out have room for; those of out past `tokens` may be overwritten
 };
 
-// One layer of the paged cache. Keys and values each [page][kv_head][page_size][head_dim].
+// One layer of the paged cache. Keys and values each [page][kv_head][page_size][head_dim], act, or e4m3 with a scale
+// for each head.
 struct KvLayer {
   void* keys;
   void* values;
   DType dtype;
   uint32_t page_size, kv_heads, head_dim;
+  const float* key_scales = nullptr;    // [kv_heads]
+  const float* value_scales = nullptr;  // [kv_heads]
 };
 
 // The slot of a row that only fills up a captured or padded batch.
@@ -117,16 +132,27 @@ struct AttentionArgs {
   uint32_t heads;
   uint32_t window;  // 0: none
   float scale;
-  float soft_cap;  // 0: none
-  void* out;       // [t, heads head_dim] act
+  float soft_cap;       // 0: none
+  void* out;            // [t, heads head_dim] act, or e4m3 with `quantize`
+  Quantize quantize{};  // static only: a token's heads are not computed together
   uint32_t tokens;
 };
 
 // out = gelu_tanh(gate) * up
 struct GegluArgs {
   const void* gate_up;  // [t, 2 ffn] act: gate, then up
-  void* out;            // [t, ffn] act
+  void* out;            // [t, ffn] act, or e4m3 with `quantize`
+  Quantize quantize{};
   uint32_t tokens, ffn;
+};
+
+// out = x as FP8
+struct QuantizeArgs {
+  const void* x;  // [rows, width]
+  DType dtype;    // of x: f32, bf16
+  Quantize how;
+  void* out;  // [rows, width] e4m3
+  uint32_t rows, width;
 };
 
 // x = cap * tanh(x / cap)
@@ -193,7 +219,7 @@ class Backend {
   virtual void release(void* memory, size_t bytes) noexcept = 0;  // as many as were allocated
   virtual void upload(void* to, const void* host, size_t bytes) = 0;
   virtual void download(void* host, const void* from, size_t bytes) = 0;
-  // Uploads `count` elements, converted (to nearest even where it narrows).
+  // Uploads `count` elements, converted (to nearest even where it narrows); to e4m3 only from e4m3.
   virtual void upload_as(void* to, DType to_type, const void* host, DType host_type, size_t count) = 0;
 
   // Elements drawn evenly around zero with this deviation; each a function of the seed and its index.
@@ -214,6 +240,7 @@ class Backend {
   virtual void attention(const AttentionArgs& args) = 0;
   virtual void geglu(const GegluArgs& args) = 0;
   virtual void soft_cap(const SoftCapArgs& args) = 0;
+  virtual void quantize(const QuantizeArgs& args) = 0;
 
   virtual void sample(const SampleArgs& args) = 0;
 

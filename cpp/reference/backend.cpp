@@ -37,6 +37,7 @@ void convert_from(DType type, void* to, const void* from, size_t begin, size_t e
     case DType::f32: return convert<To, float>(to, from, begin, end);
     case DType::bf16: return convert<To, bf16>(to, from, begin, end);
     case DType::f16: return convert<To, f16>(to, from, begin, end);
+    case DType::e4m3: return convert<To, e4m3>(to, from, begin, end);
   }
 }
 
@@ -177,6 +178,10 @@ class ReferenceBackend final : public Backend {
 
   void geglu(const GegluArgs& args) override {
     pool_.run(args.tokens, [&](uint32_t row) { kernels_.geglu_row(args, act_, row); });
+  }
+
+  void quantize(const QuantizeArgs& args) override {
+    pool_.run(args.rows, [&](uint32_t row) { kernels_.quantize_row(args, row); });
   }
 
   void soft_cap(const SoftCapArgs& args) override {

@@ -20,6 +20,7 @@ struct Kernels {
   void (*attend)(const AttentionArgs& args, DType act, uint32_t row, uint32_t sequence, uint32_t head, uint32_t first,
                  uint32_t last, float* scores);
   void (*geglu_row)(const GegluArgs& args, DType act, uint32_t row);
+  void (*quantize_row)(const QuantizeArgs& args, uint32_t row);
   void (*soft_cap)(float* x, size_t count, float cap);
   float (*max)(const float* x, size_t count);  // NaN if any is
   // sum of exp(x - max)

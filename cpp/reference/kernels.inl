@@ -10,6 +10,7 @@
 constexpr uint32_t kLanes = sizeof(vf) / sizeof(float);
 typedef uint32_t vu __attribute__((vector_size(sizeof(vf))));
 typedef uint16_t vh __attribute__((vector_size(sizeof(vf) / 2)));
+typedef uint8_t vb __attribute__((vector_size(sizeof(vf) / 4)));
 typedef float v4 __attribute__((vector_size(16)));
 typedef float v8 __attribute__((vector_size(32)));
 typedef float v16 __attribute__((vector_size(64)));
@@ -45,6 +46,14 @@ inline vf load(const bf16* p) {
   __builtin_memcpy(&h, p, sizeof h);
   return bits_as<vf>(__builtin_convertvector(h, vu) << 16);
 }
+// As convert.h has it.
+inline vf load(const e4m3* p) {
+  vb b;
+  __builtin_memcpy(&b, p, sizeof b);
+  const vu bits = __builtin_convertvector(b, vu), magnitude = bits & 0x7F;
+  const vu value = bits_as<vu>(bits_as<vf>(magnitude << 20) * 0x1p120f), nan = bits_as<vu>(magnitude == 0x7F);
+  return bits_as<vf>((nan & 0x7FC00000) | (~nan & value) | (bits & 0x80) << 24);
+}
 // The first n < kLanes elements, zeros behind them.
 template <class T>
 inline vf load_some(const T* p, uint32_t n) {
@@ -59,6 +68,17 @@ inline void store(bf16* p, vf v) {
   const vu rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   const vh h = __builtin_convertvector((nan & ((bits >> 16) | 0x40)) | (~nan & rounded), vh);
   __builtin_memcpy(p, &h, sizeof h);
+}
+inline void store(e4m3* p, vf v) {
+  const vu bits = bits_as<vu>(v), nan = bits_as<vu>(v != v);
+  vf magnitude = bits_as<vf>(bits & 0x7FFFFFFF);
+  magnitude = magnitude > kE4m3Max ? broadcast(kE4m3Max) : magnitude;
+  const vu wide = bits_as<vu>(magnitude), small = bits_as<vu>(magnitude < 0x1p-6f);
+  const vu normal = ((wide + 0x7FFFF + (wide >> 20 & 1)) >> 20) - (120 << 3);
+  const vu subnormal = bits_as<vu>(magnitude + 0x1p14f) - bits_as<vu>(broadcast(0x1p14f));
+  const vu rounded = ((small & subnormal) | (~small & normal)) | (bits >> 24 & 0x80);
+  const vb b = __builtin_convertvector((nan & 0x7F) | (~nan & rounded), vb);
+  __builtin_memcpy(p, &b, sizeof b);
 }
 template <class T>
 inline void store_some(T* p, vf v, uint32_t n) {
@@ -187,6 +207,39 @@ inline void tile(const X* const (&x)[M], const W* const (&w)[4], uint32_t k, v4 
   for (int m = 0; m < M; ++m) out[m] = sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
 }
 
+// A token's scale, and what its elements are multiplied by to become FP8.
+inline float scale_of(const Quantize& quantize, uint32_t row) {
+  return quantize.scale ? *quantize.scale : quantize.row_scales[row];
+}
+
+// Writes y(i, n), the row's elements from i on, as T or as FP8; y is asked twice where the scale depends on it.
+template <class T, class F>
+inline void write_row(const Quantize& quantize, void* out, uint32_t row, uint32_t width, F y) {
+  if (!quantize) {
+    T* to = static_cast<T*>(out) + size_t{row} * width;
+    return for_lanes(width, [&](uint32_t i, uint32_t n) { store_run(to + i, y(i, n), n); });
+  }
+  if (quantize.row_scales) {
+    float largest = 0;
+    for_lanes(width, [&](uint32_t i, uint32_t n) {
+      const vf v = y(i, n);
+      for (uint32_t lane = 0; lane < n; ++lane) largest = max2(largest, v[lane] < 0 ? -v[lane] : v[lane]);
+    });
+    quantize.row_scales[row] = largest == 0 ? 1.0f : largest / kE4m3Max;
+  }
+  const float inverse = 1.0f / scale_of(quantize, row);
+  e4m3* to = static_cast<e4m3*>(out) + size_t{row} * width;
+  for_lanes(width, [&](uint32_t i, uint32_t n) { store_run(to + i, y(i, n) * inverse, n); });
+}
+
+void quantize_row(const QuantizeArgs& args, uint32_t row) {
+  auto write = [&]<class T>(const T* x) {
+    write_row<T>(args.how, args.out, row, args.width,
+                 [&](uint32_t i, uint32_t n) { return load_run(x + size_t{row} * args.width + i, n); });
+  };
+  args.dtype == DType::f32 ? write(static_cast<const float*>(args.x)) : write(static_cast<const bf16*>(args.x));
+}
+
 // M rows of out, columns [begin, end).
 template <int M, class X, class W, class Out>
 inline void gemm_rows(const GemmArgs& args, uint32_t row, uint32_t begin, uint32_t end) {
@@ -200,8 +253,11 @@ inline void gemm_rows(const GemmArgs& args, uint32_t row, uint32_t begin, uint32
     v4 sums[M];
     tile<M>(x, w, k, sums);
     for (int m = 0; m < M; ++m)
-      for (uint32_t j = 0; j < min2(4u, end - column); ++j)
-        static_cast<Out*>(args.out)[size_t{row + m} * n + column + j] = from_float<Out>(sums[m][j]);
+      for (uint32_t j = 0; j < min2(4u, end - column); ++j) {
+        float sum = sums[m][j];
+        if constexpr (sizeof(W) == 1) sum *= scale_of(args.x_scale, row + m) * args.w.scales[column + j];
+        static_cast<Out*>(args.out)[size_t{row + m} * n + column + j] = from_float<Out>(sum);
+      }
   }
 }
 
@@ -219,7 +275,9 @@ inline void gemm_typed(const GemmArgs& args, uint32_t begin, uint32_t end) {
 
 void gemm(const GemmArgs& args, DType act, uint32_t begin, uint32_t end) {
   const bool f32_out = args.out_dtype == DType::f32, f32_w = args.w.dtype == DType::f32;
-  if (act == DType::bf16)
+  if (args.w.dtype == DType::e4m3)
+    f32_out ? gemm_typed<e4m3, e4m3, float>(args, begin, end) : gemm_typed<e4m3, e4m3, bf16>(args, begin, end);
+  else if (act == DType::bf16)
     f32_out ? gemm_typed<bf16, bf16, float>(args, begin, end) : gemm_typed<bf16, bf16, bf16>(args, begin, end);
   else
     f32_w ? gemm_typed<float, float, float>(args, begin, end) : gemm_typed<float, bf16, float>(args, begin, end);
@@ -250,9 +308,8 @@ inline void norm_typed(const NormArgs& args, uint32_t row) {
   }
   if (!args.weight) return;
   const float scale = inverse_rms(residual, hidden, args.eps);
-  T* out = static_cast<T*>(args.out) + size_t{row} * hidden;
-  for_lanes(hidden, [&](uint32_t i, uint32_t n) {
-    store_run(out + i, load_run(residual + i, n) * scale * (1.0f + load_run(args.weight + i, n)), n);
+  write_row<T>(args.quantize, args.out, row, hidden, [&](uint32_t i, uint32_t n) {
+    return load_run(residual + i, n) * scale * (1.0f + load_run(args.weight + i, n));
   });
 }
 
@@ -260,10 +317,10 @@ void norm_row(const NormArgs& args, DType act, uint32_t row) {
   act == DType::bf16 ? norm_typed<bf16>(args, row) : norm_typed<float>(args, row);
 }
 
-// One head: norm, then rotation of the halves; in and out may not overlap.
-template <class T>
-inline void rotate_head(const T* in, T* out, const float* norm, const float* cosine, const float* sine, float eps,
-                        uint32_t head_dim) {
+// One head: norm, then rotation of the halves, then a factor; in and out may not overlap.
+template <class T, class Out>
+inline void rotate_head(const T* in, Out* out, const float* norm, const float* cosine, const float* sine, float eps,
+                        uint32_t head_dim, float factor) {
   const uint32_t half = head_dim / 2;
   const float scale = norm ? inverse_rms(in, head_dim, eps) : 1.0f;
   auto read = [&](uint32_t i, uint32_t n) {
@@ -272,12 +329,13 @@ inline void rotate_head(const T* in, T* out, const float* norm, const float* cos
   };
   for_lanes(half, [&](uint32_t i, uint32_t n) {
     const vf a = read(i, n), b = read(half + i, n), c = load_run(cosine + i, n), s = load_run(sine + i, n);
-    store_run(out + i, a * c - b * s, n);
-    store_run(out + half + i, b * c + a * s, n);
+    store_run(out + i, (a * c - b * s) * factor, n);
+    store_run(out + half + i, (b * c + a * s) * factor, n);
   });
 }
 
-template <class T>
+// T: activations, C: the cache's elements.
+template <class T, class C>
 inline void rope_typed(const RopeArgs& args, uint32_t row) {
   const KvLayer& cache = args.cache;
   const uint32_t dim = cache.head_dim, heads = args.heads, kv_heads = cache.kv_heads;
@@ -290,7 +348,7 @@ inline void rope_typed(const RopeArgs& args, uint32_t row) {
   const T* qkv = static_cast<const T*>(args.qkv) + size_t{row} * (heads + 2 * kv_heads) * dim;
   T* q = static_cast<T*>(args.q) + size_t{row} * heads * dim;
   for (uint32_t h = 0; h < heads; ++h)
-    rotate_head(qkv + h * dim, q + h * dim, args.q_norm, cosine, sine, args.eps, dim);
+    rotate_head(qkv + h * dim, q + h * dim, args.q_norm, cosine, sine, args.eps, dim, 1.0f);
 
   if (args.slots[row] == kNoSlot) return;
   const T* k = qkv + heads * dim;
@@ -298,13 +356,26 @@ inline void rope_typed(const RopeArgs& args, uint32_t row) {
   const uint32_t page = args.slots[row] / cache.page_size, offset = args.slots[row] % cache.page_size;
   for (uint32_t h = 0; h < kv_heads; ++h) {
     const size_t at = ((size_t{page} * kv_heads + h) * cache.page_size + offset) * dim;
-    rotate_head(k + h * dim, static_cast<T*>(cache.keys) + at, args.k_norm, cosine, sine, args.eps, dim);
-    __builtin_memcpy(static_cast<T*>(cache.values) + at, v + h * dim, dim * sizeof(T));
+    const float key_factor = cache.key_scales ? 1.0f / cache.key_scales[h] : 1.0f;
+    const float value_factor = cache.value_scales ? 1.0f / cache.value_scales[h] : 1.0f;
+    rotate_head(k + h * dim, static_cast<C*>(cache.keys) + at, args.k_norm, cosine, sine, args.eps, dim, key_factor);
+    C* values = static_cast<C*>(cache.values) + at;
+    for_lanes(dim,
+              [&](uint32_t i, uint32_t n) { store_run(values + i, load_run(v + h * dim + i, n) * value_factor, n); });
   }
 }
 
+// Calls f with the types of activations and of the cache.
+template <class F>
+inline void with_types(DType act, DType cache, F f) {
+  if (cache == DType::e4m3)
+    act == DType::bf16 ? f(bf16{}, e4m3{}) : f(float{}, e4m3{});
+  else
+    act == DType::bf16 ? f(bf16{}, bf16{}) : f(float{}, float{});
+}
+
 void rope_row(const RopeArgs& args, DType act, uint32_t row) {
-  act == DType::bf16 ? rope_typed<bf16>(args, row) : rope_typed<float>(args, row);
+  with_types(act, args.cache.dtype, [&]<class T, class C>(T, C) { rope_typed<T, C>(args, row); });
 }
 
 void soft_cap(float* x, size_t count, float cap) {
@@ -335,12 +406,12 @@ float max(const float* x, size_t count) {
 }
 
 // scores[p - first] = scale q . k_p
-template <class T>
-inline void attention_scores(const AttentionArgs& args, const T* q, const T* keys, const uint32_t* pages,
+template <class T, class C>
+inline void attention_scores(const AttentionArgs& args, float scale, const T* q, const C* keys, const uint32_t* pages,
                              size_t page_stride, uint32_t first, uint32_t last, float* scores) {
   const uint32_t dim = args.cache.head_dim, page_size = args.cache.page_size;
   for (uint32_t p = first; p <= last; p += 4) {
-    const T* k[4];  // past the end the last key again; `scores` has room for it
+    const C* k[4];  // past the end the last key again; `scores` has room for it
     for (uint32_t j = 0; j < 4; ++j) {
       const uint32_t at = min2(p + j, last);
       k[j] = keys + pages[at / page_size] * page_stride + size_t{at % page_size} * dim;
@@ -348,37 +419,40 @@ inline void attention_scores(const AttentionArgs& args, const T* q, const T* key
     v4 products[1];
     const T* const x[1] = {q};
     tile<1>(x, k, dim, products);
-    const v4 scaled = products[0] * args.scale;
+    const v4 scaled = products[0] * scale;
     __builtin_memcpy(scores + (p - first), &scaled, sizeof scaled);
   }
 }
 
 // out = sum_p weights[p] v_p / total, `N` vectors of the head at a time.
-template <int N, class T>
-inline void weighted_values(const T* values, const uint32_t* pages, size_t page_stride, uint32_t page_size,
+template <int N, class T, class C>
+inline void weighted_values(const C* values, const uint32_t* pages, size_t page_stride, uint32_t page_size,
                             uint32_t dim, uint32_t first, uint32_t last, const float* weights, float total, T* out) {
   vf acc[N] = {};
   for (uint32_t p = first; p <= last; ++p) {
-    const T* v = values + pages[p / page_size] * page_stride + size_t{p % page_size} * dim;
+    const C* v = values + pages[p / page_size] * page_stride + size_t{p % page_size} * dim;
     const vf weight = broadcast(weights[p - first]);
     for (int j = 0; j < N; ++j) acc[j] = fma(weight, load(v + j * kLanes), acc[j]);
   }
   for (int j = 0; j < N; ++j) store(out + j * kLanes, acc[j] / total);
 }
 
-template <class T>
+// T: activations, C: the cache's elements, Out: the result's, which is multiplied by `factor`.
+template <class T, class C, class Out>
 inline void attend_typed(const AttentionArgs& args, uint32_t row, uint32_t sequence, uint32_t head, uint32_t first,
-                         uint32_t last, float* scores) {
+                         uint32_t last, float* scores, float factor) {
   const KvLayer& cache = args.cache;
   const uint32_t dim = cache.head_dim, kv_head = head / (args.heads / cache.kv_heads);
   const uint32_t* pages = args.block_table + size_t{sequence} * args.max_pages;
   const size_t page_stride = size_t{cache.kv_heads} * cache.page_size * dim;
   const size_t head_at = size_t{kv_head} * cache.page_size * dim;
   const T* q = static_cast<const T*>(args.q) + (size_t{row} * args.heads + head) * dim;
-  T* out = static_cast<T*>(args.out) + (size_t{row} * args.heads + head) * dim;
+  Out* out = static_cast<Out*>(args.out) + (size_t{row} * args.heads + head) * dim;
 
   const uint32_t count = last - first + 1;
-  attention_scores(args, q, static_cast<const T*>(cache.keys) + head_at, pages, page_stride, first, last, scores);
+  const float scale = cache.key_scales ? args.scale * cache.key_scales[kv_head] : args.scale;
+  attention_scores(args, scale, q, static_cast<const C*>(cache.keys) + head_at, pages, page_stride, first, last,
+                   scores);
   if (args.soft_cap > 0) soft_cap(scores, count, args.soft_cap);
   const float largest = max(scores, count);
   vf totals = {};
@@ -392,9 +466,10 @@ inline void attend_typed(const AttentionArgs& args, uint32_t row, uint32_t seque
     }
     totals = totals + e;
   });
-  const float total = sum(totals);
+  if (cache.value_scales) factor *= cache.value_scales[kv_head];
+  const float total = sum(totals) / factor;
 
-  const T* values = static_cast<const T*>(cache.values) + head_at;
+  const C* values = static_cast<const C*>(cache.values) + head_at;
   uint32_t d = 0;
   for (; d + 8 * kLanes <= dim; d += 8 * kLanes)
     weighted_values<8>(values + d, pages, page_stride, cache.page_size, dim, first, last, scores, total, out + d);
@@ -405,24 +480,26 @@ inline void attend_typed(const AttentionArgs& args, uint32_t row, uint32_t seque
     for (uint32_t p = first; p <= last; ++p)
       acc += scores[p - first] *
              to_float(values[pages[p / cache.page_size] * page_stride + size_t{p % cache.page_size} * dim + d]);
-    out[d] = from_float<T>(acc / total);
+    out[d] = from_float<Out>(acc / total);
   }
 }
 
 void attend(const AttentionArgs& args, DType act, uint32_t row, uint32_t sequence, uint32_t head, uint32_t first,
             uint32_t last, float* scores) {
-  act == DType::bf16 ? attend_typed<bf16>(args, row, sequence, head, first, last, scores)
-                     : attend_typed<float>(args, row, sequence, head, first, last, scores);
+  with_types(act, args.cache.dtype, [&]<class T, class C>(T, C) {
+    if (args.quantize)
+      attend_typed<T, C, e4m3>(args, row, sequence, head, first, last, scores, 1.0f / *args.quantize.scale);
+    else
+      attend_typed<T, C, T>(args, row, sequence, head, first, last, scores, 1.0f);
+  });
 }
 
 template <class T>
 inline void geglu_typed(const GegluArgs& args, uint32_t row) {
   const T* gate = static_cast<const T*>(args.gate_up) + size_t{row} * 2 * args.ffn;
   const T* up = gate + args.ffn;
-  T* out = static_cast<T*>(args.out) + size_t{row} * args.ffn;
-  for_lanes(args.ffn, [&](uint32_t i, uint32_t n) {
-    store_run(out + i, gelu_tanh(load_run(gate + i, n)) * load_run(up + i, n), n);
-  });
+  write_row<T>(args.quantize, args.out, row, args.ffn,
+               [&](uint32_t i, uint32_t n) { return gelu_tanh(load_run(gate + i, n)) * load_run(up + i, n); });
 }
 
 void geglu_row(const GegluArgs& args, DType act, uint32_t row) {

@@ -28,7 +28,8 @@ inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels kernels{"avx512", gemm, norm_row, rope_row, attend, geglu_row, soft_cap, max, sum_exp};
+  static constexpr Kernels kernels{"avx512",  gemm,         norm_row, rope_row, attend,
+                                   geglu_row, quantize_row, soft_cap, max,      sum_exp};
   return kernels;
 }
 

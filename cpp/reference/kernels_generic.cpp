@@ -21,7 +21,8 @@ inline vf fma(vf a, vf b, vf c) { return a * b + c; }
 }  // namespace
 
 const Kernels& generic_kernels() {
-  static constexpr Kernels kernels{"generic", gemm, norm_row, rope_row, attend, geglu_row, soft_cap, max, sum_exp};
+  static constexpr Kernels kernels{"generic", gemm,         norm_row, rope_row, attend,
+                                   geglu_row, quantize_row, soft_cap, max,      sum_exp};
   return kernels;
 }
 

@@ -279,6 +279,193 @@ void geglu(Backend& backend, DType act, uint32_t t, uint32_t ffn) {
   CHECK(test::relative_error(out.values(), want) < limit(act));
 }
 
+// Numbers in FP8, a factor for each run of `width` (a row, or a head's part of a page), and what they mean.
+struct Coded {
+  vector<e4m3> codes;
+  vector<float> scales, wide;
+
+  // `runs`: which scale the i-th run has.
+  Coded(size_t count, uint32_t width, uint32_t scale_count, auto run_scale) {
+    for (uint32_t i = 0; i < scale_count; ++i) scales.push_back(0.001f * float(1 + test::below(100)));
+    for (float x : test::normal(count, 60.0f)) {
+      codes.push_back(to_e4m3(x));
+      wide.push_back(to_float(codes.back()) * scales[run_scale(wide.size() / width)]);
+    }
+  }
+};
+
+// Within half a unit in the last place of FP8, and of what float32 or bf16 lose before it.
+bool rounds_to(e4m3 got, double want, double slack) {
+  const double error = std::abs(to_float(got) - std::clamp(want, -448.0, 448.0));
+  return error <= std::max(std::abs(want) * (0x1p-4 + slack), 0x1p-10) * 1.001;
+}
+
+void quantize(Backend& backend) {
+  vector<bf16> all;
+  for (uint32_t bits = 0; bits < 65536; ++bits) all.push_back({static_cast<uint16_t>(bits)});
+  for (uint32_t width : {65536u, 4096u, 1u}) {
+    const float scale = width == 4096 ? 0.37f : 1.0f;
+    vector<e4m3> out(all.size(), e4m3{0x7F});
+    backend.quantize({.x = all.data(),
+                      .dtype = DType::bf16,
+                      .how = {.scale = &scale},
+                      .out = out.data(),
+                      .rows = 65536 / width,
+                      .width = width});
+    for (size_t i = 0; i < all.size(); ++i) CHECK(out[i].bits == to_e4m3(to_float(all[i]) * (1.0f / scale)).bits);
+  }
+  const uint32_t rows = 5, width = 83;
+  vector<float> x = test::normal(size_t{rows} * width, 3.0f), scales(rows, NAN);
+  std::fill_n(x.begin() + 2 * width, width, 0.0f);
+  x[3 * width + 80] = -1e4f;
+  vector<e4m3> out(x.size());
+  backend.quantize({.x = x.data(),
+                    .dtype = DType::f32,
+                    .how = {.row_scales = scales.data()},
+                    .out = out.data(),
+                    .rows = rows,
+                    .width = width});
+  CHECK(scales[2] == 1 && scales[3] == 1e4f / 448 && out[3 * width + 80].bits == 0xFE);
+  for (uint32_t i = 0; i < x.size(); ++i) CHECK(out[i].bits == to_e4m3(x[i] * (1.0f / scales[i / width])).bits);
+  x[7] = NAN;
+  backend.quantize({.x = x.data(),
+                    .dtype = DType::f32,
+                    .how = {.row_scales = scales.data()},
+                    .out = out.data(),
+                    .rows = 1,
+                    .width = width});
+  CHECK(out[7].bits == 0x7F);  // not hidden
+}
+
+// Against float32 products of what the codes mean.
+void gemm_fp8(Backend& backend, Backend& exact, DType out_type, uint32_t t, uint32_t n, uint32_t k, bool dynamic) {
+  Coded x(size_t{t} * k, k, dynamic ? t : 1, [&](size_t row) { return dynamic ? row : 0; });
+  const Coded w(size_t{n} * k, k, n, [](size_t row) { return row; });
+  Output out(out_type, size_t{t} * n), want(DType::f32, size_t{t} * n);
+  Quantize x_scale;
+  if (dynamic)
+    x_scale.row_scales = x.scales.data();
+  else
+    x_scale.scale = x.scales.data();
+  backend.gemm({.x = x.codes.data(),
+                .x_scale = x_scale,
+                .w = {w.codes.data(), DType::e4m3, n, k, w.scales.data()},
+                .out = out.data(),
+                .out_dtype = out_type,
+                .tokens = t});
+  exact.gemm({.x = x.wide.data(),
+              .w = {w.wide.data(), DType::f32, n, k},
+              .out = want.data(),
+              .out_dtype = DType::f32,
+              .tokens = t});
+  CHECK(test::relative_error(out.values(), vector<double>(want.wide.begin(), want.wide.end())) < limit(out_type));
+}
+
+// Norm and GeGLU write in FP8 what they would write in float32, rounded once.
+void fused_quantization(Backend& backend, DType act, bool dynamic) {
+  const uint32_t t = 3, width = 77;
+  const float given = 0.02f;
+  vector<float> scales(t, NAN);
+  const Quantize how =
+      dynamic ? Quantize{.row_scales = scales.data()} : Quantize{.scale = &given, .row_scales = nullptr};
+  auto check = [&](const vector<e4m3>& got, const vector<double>& want) {
+    for (size_t i = 0; i < got.size(); ++i)
+      CHECK(rounds_to(got[i], want[i] / (dynamic ? scales[i / width] : given), 1e-5));
+  };
+  vector<float> residual = test::normal(size_t{t} * width), w = test::normal(width, 0.2f);
+  vector<e4m3> out(residual.size());
+  backend.norm({.residual = residual.data(),
+                .weight = w.data(),
+                .out = out.data(),
+                .quantize = how,
+                .tokens = t,
+                .hidden = width,
+                .eps = 1e-6f});
+  vector<double> want;
+  for (uint32_t i = 0; i < t; ++i)
+    std::ranges::copy(normed(vector<double>(residual.begin() + i * width, residual.begin() + (i + 1) * width), w, 1e-6),
+                      std::back_inserter(want));
+  check(out, want);
+
+  const Typed x(act, test::normal(size_t{t} * 2 * width));
+  backend.geglu({.gate_up = x.data(), .out = out.data(), .quantize = how, .tokens = t, .ffn = width});
+  want.clear();
+  for (uint32_t i = 0; i < t; ++i)
+    for (uint32_t j = 0; j < width; ++j) {
+      const double g = x.wide[i * 2 * width + j], u = x.wide[i * 2 * width + width + j];
+      want.push_back(0.5 * g * (1 + std::tanh(std::sqrt(2 / M_PI) * (g + 0.044715 * g * g * g))) * u);
+    }
+  check(out, want);
+}
+
+// RoPE into an FP8 cache and attention over one, against a float32 cache.
+void fp8_cache(Backend& backend, Backend& exact, DType act, Scene scene) {
+  const uint32_t dim = scene.dim, heads = scene.heads, kv = scene.kv_heads, width = (heads + 2 * kv) * dim;
+  const Typed qkv(act, test::normal(size_t{scene.tokens()} * width));
+  vector<float> frequency;
+  for (uint32_t i = 0; i < dim / 2; ++i) frequency.push_back(std::pow(10000.0f, -2.0f * float(i) / float(dim)));
+  const auto head_of = [&](size_t run) { return run / scene.page_size % kv; };
+  Coded keys(scene.cache_size(), dim, kv, head_of), values(scene.cache_size(), dim, kv, head_of);
+  Output q(act, size_t{scene.tokens()} * heads * dim), wide_q(DType::f32, q.wide.size());
+  const KvLayer cache{keys.codes.data(),  values.codes.data(), DType::e4m3, scene.page_size, kv, dim,
+                      keys.scales.data(), values.scales.data()};
+  const KvLayer wide_cache{keys.wide.data(), values.wide.data(), DType::f32, scene.page_size, kv, dim};
+  RopeArgs rope{.qkv = qkv.data(),
+                .positions = scene.positions.data(),
+                .slots = scene.slots.data(),
+                .inverse_frequency = frequency.data(),
+                .eps = 1e-6f,
+                .heads = heads,
+                .q = q.data(),
+                .cache = cache,
+                .tokens = scene.tokens()};
+  backend.rope(rope);
+  rope.qkv = qkv.wide.data(), rope.q = wide_q.data(), rope.cache = wide_cache;
+  exact.rope(rope);
+  for (size_t s = 0; s < scene.lengths.size(); ++s)
+    for (uint32_t row = scene.cu[s]; row < scene.cu[s + 1]; ++row)
+      for (uint32_t h = 0; h < kv; ++h)
+        for (size_t at = scene.at(s, scene.positions[row], h), i = at; i < at + dim; ++i) {
+          CHECK(rounds_to(keys.codes[i], double(keys.wide[i]) / keys.scales[h], 1e-5));
+          CHECK(rounds_to(values.codes[i], double(values.wide[i]) / values.scales[h], 1e-5));
+          keys.wide[i] = to_float(keys.codes[i]) * keys.scales[h];
+          values.wide[i] = to_float(values.codes[i]) * values.scales[h];
+        }
+
+  const vector<float> queries = q.values();
+  Output out(act, q.wide.size()), want(DType::f32, q.wide.size());
+  AttentionArgs args{.q = q.data(),
+                     .cache = cache,
+                     .cu_seqlens = scene.cu.data(),
+                     .kv_len = scene.lengths.data(),
+                     .block_table = scene.table.data(),
+                     .sequences = uint32_t(scene.lengths.size()),
+                     .max_pages = scene.max_pages,
+                     .heads = heads,
+                     .window = 0,
+                     .scale = 0.2f,
+                     .soft_cap = 3,
+                     .out = out.data(),
+                     .tokens = scene.tokens()};
+  backend.attention(args);
+  vector<e4m3> quantized(q.wide.size());
+  const float scale = 0.05f;
+  args.out = quantized.data(), args.quantize.scale = &scale;
+  backend.attention(args);
+  args.q = queries.data(), args.cache = wide_cache, args.out = want.data(), args.quantize = {};
+  exact.attention(args);
+  CHECK(test::relative_error(out.values(), vector<double>(want.wide.begin(), want.wide.end())) < limit(act));
+  // Where sums nearly cancel they lose more than a rounding is worth, so some codes may be the next one.
+  size_t equal = 0;
+  vector<float> meant;
+  for (size_t i = 0; i < quantized.size(); ++i) {
+    equal += quantized[i].bits == to_e4m3(want.wide[i] / scale).bits;
+    meant.push_back(to_float(quantized[i]) * scale);
+  }
+  CHECK(equal >= quantized.size() - std::max<size_t>(3, quantized.size() / 50));
+  CHECK(test::relative_error(meant, vector<double>(want.wide.begin(), want.wide.end())) < 0.05);
+}
+
 void soft_cap(Backend& backend) {
   vector<float> x = test::normal(3 * 1001, 40.0f);
   x[0] = 1e30f, x[1] = -1e30f, x[2] = 0;
@@ -319,6 +506,16 @@ void all(const reference::Kernels& kernels, DType act) {
       for (bool with_norm : {false, true}) rope(*backend, act, {heads, kv_heads, dim, page_size}, with_norm);
     }
   for (uint32_t ffn : {1u, 48u, 129u}) geglu(*backend, act, 3, ffn);
+  const auto exact = reference::make_backend(2, kernels, DType::f32);
+  quantize(*backend);
+  for (bool dynamic : {false, true}) {
+    for (DType out : {DType::f32, act})
+      for (auto [t, n, k] : {std::array{1u, 1u, 1u}, {3u, 70u, 33u}, {9u, 35u, 640u}})
+        gemm_fp8(*backend, *exact, out, t, n, k, dynamic);
+    fused_quantization(*backend, act, dynamic);
+  }
+  for (auto [heads, kv_heads, dim] : {std::array{4u, 1u, 256u}, {4u, 4u, 128u}, {8u, 2u, 18u}})
+    for (uint32_t page_size : {1u, 16u}) fp8_cache(*backend, *exact, act, {heads, kv_heads, dim, page_size});
   soft_cap(*backend);
 }
 
