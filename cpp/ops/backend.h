@@ -60,21 +60,21 @@ struct NormArgs {
   const uint32_t* rows = nullptr;       // [tokens] rows of residual to norm; all in order where null. Not with delta
   const float* weight = nullptr;        // [h]
   void* out = nullptr;                  // [tokens, h] act, or e4m3 with `quantize`, then not where delta is
-  Quantize quantize{};
   uint32_t tokens;
   uint32_t hidden;
   float eps;
+  Quantize quantize{};
 };
 
 // out = x w^T. With w in e4m3 x is so too, and a product is multiplied by the scales of its row of x and row of w.
 struct GemmArgs {
-  const void* x;       // [t, w.cols] act or e4m3
-  Quantize x_scale{};  // of x in e4m3: what it was written with
-  Matrix w;            // [n, k]
-  void* out;           // [t, n]
+  const void* x;  // [t, w.cols] act or e4m3
+  Matrix w;       // [n, k]
+  void* out;      // [t, n]
   DType out_dtype;
   uint32_t tokens;
   uint32_t capacity = 0;  // rows that x and out have room for; those of out past `tokens` may be overwritten
+  Quantize x_scale{};     // of x in e4m3: what it was written with
 };
 
 // One layer of the paged cache. Keys and values each [page][kv_head][page_size][head_dim], act, or e4m3 with a scale
@@ -132,18 +132,18 @@ struct AttentionArgs {
   uint32_t heads;
   uint32_t window;  // 0: none
   float scale;
-  float soft_cap;       // 0: none
-  void* out;            // [t, heads head_dim] act, or e4m3 with `quantize`
-  Quantize quantize{};  // static only: a token's heads are not computed together
+  float soft_cap;  // 0: none
+  void* out;       // [t, heads head_dim] act, or e4m3 with `quantize`
   uint32_t tokens;
+  Quantize quantize{};  // static only: a token's heads are not computed together
 };
 
 // out = gelu_tanh(gate) * up
 struct GegluArgs {
   const void* gate_up;  // [t, 2 ffn] act: gate, then up
   void* out;            // [t, ffn] act, or e4m3 with `quantize`
-  Quantize quantize{};
   uint32_t tokens, ffn;
+  Quantize quantize{};
 };
 
 // out = x as FP8

@@ -348,11 +348,11 @@ void gemm_fp8(Backend& backend, Backend& exact, DType out_type, uint32_t t, uint
   else
     x_scale.scale = x.scales.data();
   backend.gemm({.x = x.codes.data(),
-                .x_scale = x_scale,
                 .w = {w.codes.data(), DType::e4m3, n, k, w.scales.data()},
                 .out = out.data(),
                 .out_dtype = out_type,
-                .tokens = t});
+                .tokens = t,
+                .x_scale = x_scale});
   exact.gemm({.x = x.wide.data(),
               .w = {w.wide.data(), DType::f32, n, k},
               .out = want.data(),
@@ -377,10 +377,10 @@ void fused_quantization(Backend& backend, DType act, bool dynamic) {
   backend.norm({.residual = residual.data(),
                 .weight = w.data(),
                 .out = out.data(),
-                .quantize = how,
                 .tokens = t,
                 .hidden = width,
-                .eps = 1e-6f});
+                .eps = 1e-6f,
+                .quantize = how});
   vector<double> want;
   for (uint32_t i = 0; i < t; ++i)
     std::ranges::copy(normed(vector<double>(residual.begin() + i * width, residual.begin() + (i + 1) * width), w, 1e-6),
@@ -388,7 +388,7 @@ void fused_quantization(Backend& backend, DType act, bool dynamic) {
   check(out, want);
 
   const Typed x(act, test::normal(size_t{t} * 2 * width));
-  backend.geglu({.gate_up = x.data(), .out = out.data(), .quantize = how, .tokens = t, .ffn = width});
+  backend.geglu({.gate_up = x.data(), .out = out.data(), .tokens = t, .ffn = width, .quantize = how});
   want.clear();
   for (uint32_t i = 0; i < t; ++i)
     for (uint32_t j = 0; j < width; ++j) {
