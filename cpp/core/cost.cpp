@@ -4,19 +4,26 @@
 
 namespace gemma_cuda {
 
-CostModel::CostModel(const ModelSpec& spec, DType weights, DType act) : element_bytes_(size_of(weights)) {
+CostModel::CostModel(const ModelSpec& spec, DType weights, DType act) {
   const uint64_t hidden = spec.hidden_size;
+  auto add = [&](uint64_t& elements, uint64_t& bytes, Scheme scheme, uint64_t count) {
+    elements += count;
+    bytes += count * size_of(scheme == Scheme::plain ? weights : DType::e4m3);
+  };
   for (const LayerSpec& layer : spec.layers) {
-    layers_ += hidden * (layer.qkv_width() + layer.q_width() + 3 * uint64_t{spec.ffn_size});
-    kv_bytes_[layer.window] += 2 * uint64_t{layer.kv_width()} * size_of(act);
+    add(layers_, layer_bytes_, layer.qkv, hidden * layer.qkv_width());
+    add(layers_, layer_bytes_, layer.attention_out, hidden * layer.q_width());
+    add(layers_, layer_bytes_, layer.gate_up, hidden * 2 * spec.ffn_size);
+    add(layers_, layer_bytes_, layer.down, hidden * spec.ffn_size);
+    kv_bytes_[layer.window] += 2 * uint64_t{layer.kv_width()} * size_of(layer.fp8_cache ? DType::e4m3 : act);
   }
-  lm_head_ = hidden * spec.vocab_size;
+  add(lm_head_, lm_head_bytes_, spec.lm_head, hidden * spec.vocab_size);
 }
 
 PassCost CostModel::of(const BatchPlan& plan) const {
   PassCost cost;
   const uint64_t rows = plan.logit_rows.size();
-  cost.bytes = (layers_ + (rows > 0 ? lm_head_ : 0)) * element_bytes_;
+  cost.bytes = layer_bytes_ + (rows > 0 ? lm_head_bytes_ : 0);
   cost.flops = 2 * (layers_ * plan.cu_seqlens.back() + lm_head_ * rows);
   for (uint32_t i = 0; i < plan.sequences(); ++i) {
     const uint64_t fresh = plan.cu_seqlens[i + 1] - plan.cu_seqlens[i], length = plan.kv_len[i];

@@ -27,10 +27,9 @@ class CostModel {
   PassCost of(const BatchPlan& plan) const;
 
  private:
-  uint64_t layers_ = 0;   // elements of the layers' matrices
-  uint64_t lm_head_ = 0;  // of the output embedding
-  uint64_t element_bytes_;
-  std::map<uint32_t, uint64_t> kv_bytes_;  // of a cached token, in all layers with this window
+  uint64_t layers_ = 0, layer_bytes_ = 0;     // elements of the layers' matrices
+  uint64_t lm_head_ = 0, lm_head_bytes_ = 0;  // of the output embedding
+  std::map<uint32_t, uint64_t> kv_bytes_;     // of a cached token, in all layers with this window
 };
 
 }  // namespace gemma_cuda

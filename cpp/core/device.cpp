@@ -24,6 +24,7 @@ std::optional<int> gpu_index(std::string_view device) {
 
 #ifdef GEMMA_CUDA_WITH_CUDA
 std::string unsupported(const ModelSpec& spec, const EngineOptions& options) {
+  if (uses_fp8(spec)) return "FP8 is not there yet on CUDA; it runs on the reference backend";
   if (options.compute != DType::bf16) return "the CUDA backend computes in bf16; f32 is for the reference backend";
   if (spec.hidden_size % 8 != 0 || spec.ffn_size % 8 != 0)
     return "hidden_size " + std::to_string(spec.hidden_size) + " and ffn_size " + std::to_string(spec.ffn_size) +

@@ -29,6 +29,8 @@ std::string number(uint64_t value) { return std::to_string(value); }
 void validate(const EngineOptions& options) {
   require(options.compute != DType::f16, "f16 activations are refused: Gemma overflows in them; use bf16 or f32");
   require(options.weights != DType::f16, "f16 weights are converted on load; keep them as bf16 or f32");
+  require(options.compute != DType::e4m3 && options.weights != DType::e4m3,
+          "compute and weights are bf16 or f32; what is FP8 stands in the model's layers");
   require(options.compute == DType::f32 || options.weights == DType::bf16, "bf16 compute keeps its weights as bf16");
   const std::pair<const char*, uint32_t> counts[] = {{"page_size", options.page_size},
                                                      {"pages", options.pages},
@@ -208,7 +210,7 @@ void Engine::load_tensor(std::string_view name, DType dtype, std::span<const uin
 void Engine::load_random(uint64_t seed) { state_->weights.load_random(seed); }
 
 void Engine::finish_loading() {
-  state_->weights.require_all();
+  state_->weights.finish();
   state_->forward.warm_up(state_->last_tokens.as<uint32_t>());
   state_->ready = true;
 }

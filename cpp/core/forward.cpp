@@ -16,8 +16,11 @@ uint64_t widest(const ModelSpec& spec, F width) {
   return out;
 }
 
+DType cache_type(const LayerSpec& layer, const ForwardLimits& limits) {
+  return layer.fp8_cache ? DType::e4m3 : limits.act;
+}
 uint64_t kv_layer_bytes(const LayerSpec& layer, const ForwardLimits& limits) {
-  return uint64_t{limits.pages} * limits.page_size * layer.kv_width() * size_of(limits.act);
+  return uint64_t{limits.pages} * limits.page_size * layer.kv_width() * size_of(cache_type(layer, limits));
 }
 
 uint64_t pages_per_sequence(const ModelSpec& spec, const ForwardLimits& limits) {
@@ -48,6 +51,18 @@ struct BlockLayout {
   static uint64_t aligned(uint64_t at) { return (at + 255) / 256 * 256; }
 };
 
+// Inputs of products in FP8: nothing where there are none.
+uint64_t x8_rows(const ModelSpec& spec, const ForwardLimits& limits) {
+  return uses_fp8(spec) ? std::max(limits.tokens, limits.logit_rows) : 0;
+}
+uint64_t x8_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
+  return x8_rows(spec, limits) *
+         std::max<uint64_t>(spec.hidden_size, widest(spec, [](const LayerSpec& l) { return l.q_width(); }));
+}
+uint64_t x_scale_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
+  return x8_rows(spec, limits) * sizeof(float);
+}
+
 // Of the largest plan, captured or not.
 uint64_t table_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
   const uint64_t s = limits.sequences, t = limits.tokens, tiles = t / kQueryTile + std::max<uint64_t>(s, kShortPrompts);
@@ -76,6 +91,9 @@ Forward::Forward(Backend& backend, const ModelSpec& spec, const Weights& weights
   const BlockLayout layout(spec, limits);
   act_.residual = Buffer(backend, t * hidden * sizeof(float));
   act_.x = Buffer(backend, t * hidden * act);
+  act_.x8 = Buffer(backend, x8_bytes(spec, limits));
+  act_.x_scales = Buffer(backend, x_scale_bytes(spec, limits));
+  act_.activated_scales = Buffer(backend, x_scale_bytes(spec, limits));
   act_.within = Buffer(backend, layout.end);
   char* within = act_.within.as<char>();
   act_.qkv = act_.gate_up = within;
@@ -98,8 +116,8 @@ uint64_t Forward::kv_cache_bytes(const ModelSpec& spec, const ForwardLimits& lim
 
 uint64_t Forward::activation_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
   const uint64_t t = limits.tokens, r = limits.logit_rows, act = size_of(limits.act);
-  return table_bytes(spec, limits) + BlockLayout(spec, limits).end +
-         spec.hidden_size * (t * sizeof(float) + (t + r) * act);
+  return table_bytes(spec, limits) + BlockLayout(spec, limits).end + x8_bytes(spec, limits) +
+         2 * x_scale_bytes(spec, limits) + spec.hidden_size * (t * sizeof(float) + (t + r) * act);
 }
 
 uint64_t Forward::logit_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
@@ -167,20 +185,23 @@ void Forward::pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidde
                   .scale = embedding_scale_,
                   .residual = act_.residual.as<float>()});
   keep_hidden(hidden, tokens);
+  const Linear& first = weights_.layer(0).qkv;
   backend_.norm({.residual = act_.residual.as<float>(),
                  .weight = weights_.layer(0).pre_attention_norm.as<float>(),
-                 .out = act_.x.data(),
+                 .out = input_of(first),
                  .tokens = tokens,
                  .hidden = spec_.hidden_size,
-                 .eps = spec_.rms_norm_eps});
+                 .eps = spec_.rms_norm_eps,
+                 .quantize = quantize(first, act_.x_scales)});
   for (uint32_t i = 0; i < layers; ++i) {
     const bool post = spec_.layers[i].post_norms;
     const LayerWeights& weights = weights_.layer(i);
     attention_block(i, plan);
-    add_and_norm(post ? &weights.post_attention_norm : nullptr, &weights.pre_mlp_norm, tokens);
+    add_and_norm(post ? &weights.post_attention_norm : nullptr, &weights.pre_mlp_norm, &weights.gate_up, tokens);
     mlp_block(i, tokens);
-    add_and_norm(post ? &weights.post_mlp_norm : nullptr,
-                 i + 1 < layers ? &weights_.layer(i + 1).pre_attention_norm : nullptr, tokens);
+    const LayerWeights* next = i + 1 < layers ? &weights_.layer(i + 1) : nullptr;
+    add_and_norm(post ? &weights.post_mlp_norm : nullptr, next ? &next->pre_attention_norm : nullptr,
+                 next ? &next->qkv : nullptr, tokens);
     keep_hidden(hidden, tokens);
   }
   if (hidden != nullptr) replace_last_hidden(*hidden, tokens);
@@ -215,11 +236,17 @@ void Forward::upload(const BatchPlan& plan, const SamplePlan& samples) {
 void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
   const LayerSpec& layer = spec_.layers[index];
   const LayerWeights& weights = weights_.layer(index);
-  const uint32_t tokens = plan.tokens(), hidden = spec_.hidden_size;
-  const KvLayer cache{kv_[index].keys.data(), kv_[index].values.data(), limits_.act,
-                      limits_.page_size,      layer.kv_heads,           layer.head_dim};
+  const uint32_t tokens = plan.tokens();
+  const KvLayer cache{kv_[index].keys.data(),
+                      kv_[index].values.data(),
+                      cache_type(layer, limits_),
+                      limits_.page_size,
+                      layer.kv_heads,
+                      layer.head_dim,
+                      weights.key_scales.as<float>(),
+                      weights.value_scales.as<float>()};
 
-  gemm(act_.x.data(), weights_.matrix(weights.qkv, layer.qkv_width(), hidden), act_.qkv, tokens, limits_.tokens);
+  gemm(input_of(weights.qkv), quantize(weights.qkv, act_.x_scales), weights.qkv, act_.qkv, tokens, limits_.tokens);
   backend_.rope({.qkv = act_.qkv,
                  .positions = tables_.positions,
                  .slots = tables_.slots,
@@ -231,6 +258,8 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
                  .q = act_.q,
                  .cache = cache,
                  .tokens = tokens});
+  const Quantize how = quantize(weights.attention_out, act_.x_scales);
+  const Quantize fused{.scale = how.scale, .row_scales = nullptr};
   backend_.attention({.q = act_.q,
                       .cache = cache,
                       .cu_seqlens = tables_.cu_seqlens,
@@ -245,59 +274,96 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
                       .scale = layer.attention_scale,
                       .soft_cap = layer.attention_soft_cap,
                       .out = act_.attended,
-                      .tokens = tokens});
-  gemm(act_.attended, weights_.matrix(weights.attention_out, hidden, layer.q_width()), act_.x.data(), tokens,
-       limits_.tokens);
+                      .tokens = tokens,
+                      .quantize = fused});
+  const void* attended = act_.attended;
+  if (how.row_scales != nullptr) {  // a token's heads are not computed together
+    attended = act_.x8.data();
+    backend_.quantize({.x = act_.attended,
+                       .dtype = limits_.act,
+                       .how = how,
+                       .out = act_.x8.data(),
+                       .rows = tokens,
+                       .width = layer.q_width()});
+  }
+  gemm(attended, how, weights.attention_out, act_.x.data(), tokens, limits_.tokens);
 }
 
 void Forward::mlp_block(uint32_t index, uint32_t tokens) {
   const LayerWeights& weights = weights_.layer(index);
-  const uint32_t hidden = spec_.hidden_size, ffn = spec_.ffn_size;
-  const Matrix gate_up = weights_.matrix(weights.gate_up, 2 * ffn, hidden);
-  const Matrix down = weights_.matrix(weights.down, hidden, ffn);
+  const size_t hidden = spec_.hidden_size;
+  const size_t x_element = size_of(weights.gate_up.scheme == Scheme::plain ? limits_.act : DType::e4m3);
+  const Quantize how = quantize(weights.down, act_.activated_scales);
   for (uint32_t from = 0; from < tokens; from += kMlpTokens) {
     // The rows behind a slice are the next one's input.
     const uint32_t slice = std::min(tokens - from, kMlpTokens);
     const uint32_t capacity = from + slice < tokens ? slice : std::min(limits_.tokens - from, kMlpTokens);
-    char* x = act_.x.as<char>() + size_t{from} * hidden * size_of(limits_.act);
-    gemm(x, gate_up, act_.gate_up, slice, capacity);
-    backend_.geglu({.gate_up = act_.gate_up, .out = act_.activated, .tokens = slice, .ffn = ffn});
-    gemm(act_.activated, down, x, slice, capacity);
+    Quantize x_scale = quantize(weights.gate_up, act_.x_scales);
+    if (x_scale.row_scales != nullptr) x_scale.row_scales += from;
+    gemm(input_of(weights.gate_up) + from * hidden * x_element, x_scale, weights.gate_up, act_.gate_up, slice,
+         capacity);
+    backend_.geglu(
+        {.gate_up = act_.gate_up, .out = act_.activated, .tokens = slice, .ffn = spec_.ffn_size, .quantize = how});
+    gemm(act_.activated, how, weights.down, act_.x.as<char>() + from * hidden * size_of(limits_.act), slice, capacity);
   }
 }
 
-void Forward::add_and_norm(const Buffer* post, const Buffer* next, uint32_t tokens) {
+void Forward::add_and_norm(const Buffer* post, const Buffer* next, const Linear* reader, uint32_t tokens) {
   backend_.norm({.residual = act_.residual.as<float>(),
                  .delta = act_.x.data(),
                  .delta_weight = post ? post->as<float>() : nullptr,
                  .weight = next ? next->as<float>() : nullptr,
-                 .out = act_.x.data(),
+                 .out = reader ? input_of(*reader) : nullptr,
                  .tokens = tokens,
                  .hidden = spec_.hidden_size,
-                 .eps = spec_.rms_norm_eps});
+                 .eps = spec_.rms_norm_eps,
+                 .quantize = reader ? quantize(*reader, act_.x_scales) : Quantize{}});
 }
 
-void Forward::gemm(const void* x, Matrix w, void* out, uint32_t tokens, uint32_t capacity) {
-  backend_.gemm({.x = x, .w = w, .out = out, .out_dtype = limits_.act, .tokens = tokens, .capacity = capacity});
+Quantize Forward::quantize(const Linear& reader, const Buffer& row_scales) const {
+  switch (reader.scheme) {
+    case Scheme::plain: return {};
+    case Scheme::fp8_static: return {.scale = reader.input_scale.as<float>(), .row_scales = nullptr};
+    case Scheme::fp8_dynamic: return {.scale = nullptr, .row_scales = row_scales.as<float>()};
+  }
+  return {};
+}
+
+char* Forward::input_of(const Linear& reader) const {
+  return (reader.scheme == Scheme::plain ? act_.x : act_.x8).as<char>();
+}
+
+void Forward::gemm(const void* x, Quantize x_scale, const Linear& w, void* out, uint32_t tokens, uint32_t capacity) {
+  backend_.gemm({.x = x,
+                 .w = weights_.matrix(w),
+                 .out = out,
+                 .out_dtype = limits_.act,
+                 .tokens = tokens,
+                 .capacity = capacity,
+                 .x_scale = x_scale});
 }
 
 void Forward::logits(const BatchPlan& plan) {
   const uint32_t rows = static_cast<uint32_t>(plan.logit_rows.size());
   float* logits = act_.logits.as<float>();
   if (rows == 0) return;
+  const Quantize how = quantize(weights_.lm_head_linear(), act_.x_scales);
+  void* last = (how ? act_.x8 : act_.last).data();
   backend_.norm({.residual = act_.residual.as<float>(),
                  .rows = tables_.logit_rows,
                  .weight = weights_.final_norm().as<float>(),
-                 .out = act_.last.data(),
+                 .out = last,
                  .tokens = rows,
                  .hidden = spec_.hidden_size,
-                 .eps = spec_.rms_norm_eps});
-  backend_.gemm({.x = act_.last.data(),
+                 .eps = spec_.rms_norm_eps,
+                 .quantize = how});
+  backend_.gemm({.x = last,
                  .w = weights_.lm_head(),
                  .out = logits,
                  .out_dtype = DType::f32,
                  .tokens = rows,
-                 .capacity = limits_.logit_rows});
+                 .capacity = limits_.logit_rows,
+                 .x_scale = how});
   if (spec_.final_soft_cap > 0)
     backend_.soft_cap({.x = logits, .rows = rows, .cols = spec_.vocab_size, .cap = spec_.final_soft_cap});
 }

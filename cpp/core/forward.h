@@ -14,7 +14,7 @@
 namespace gemma_cuda {
 
 struct ForwardLimits {
-  DType act;            // activations and K/V
+  DType act;            // activations, and K/V where the layer does not keep them in FP8
   uint32_t page_size;   // tokens in a page
   uint32_t pages;       // of the KV cache
   uint32_t tokens;      // new tokens in a pass
@@ -56,16 +56,18 @@ class Forward {
     const Adjustment* adjustments;  // last: how many there are differs where all else has the same shape
   };
   struct Activations {
-    Buffer residual;  // [t, hidden] float32
-    Buffer x;         // [t, hidden] a block's normed input, then its output
-    Buffer within;    // what a block has only within it, one after the other in the same memory
-    char* qkv;        // [t, qkv_width]
-    char* q;          // [t, q_width] rotated queries
-    char* attended;   // [t, q_width]
-    char* gate_up;    // [a slice of t, 2 ffn]
-    char* activated;  // [a slice of t, ffn]
-    Buffer last;      // [r, hidden] normed rows for the logits
-    Buffer logits;    // [r, vocab] float32
+    Buffer residual;                    // [t, hidden] float32
+    Buffer x;                           // [t, hidden] a block's normed input, then its output
+    Buffer x8;                          // [t or r, the wider of hidden and q_width] inputs of products in FP8, and
+    Buffer x_scales, activated_scales;  // their scales where they are dynamic: [t or r] and [a slice of t]
+    Buffer within;                      // what a block has only within it, one after the other in the same memory
+    char* qkv;                          // [t, qkv_width]
+    char* q;                            // [t, q_width] rotated queries
+    char* attended;                     // [t, q_width]
+    char* gate_up;                      // [a slice of t, 2 ffn]
+    char* activated;                    // [a slice of t, ffn]
+    Buffer last;                        // [r, hidden] normed rows for the logits
+    Buffer logits;                      // [r, vocab] float32
   };
   struct KvBuffers {
     Buffer keys, values;
@@ -82,9 +84,13 @@ class Forward {
   void pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidden);
   void attention_block(uint32_t layer, const BatchPlan& plan);
   void mlp_block(uint32_t layer, uint32_t tokens);
-  // residual += delta (normed by `post` where the model does), then x = norm(residual, next) where there is a next.
-  void add_and_norm(const Buffer* post, const Buffer* next, uint32_t tokens);
-  void gemm(const void* x, Matrix w, void* out, uint32_t tokens, uint32_t capacity);
+  // residual += delta (normed by `post` where the model does), then the input of `reader` = norm(residual, next) where
+  // there is a next.
+  void add_and_norm(const Buffer* post, const Buffer* next, const Linear* reader, uint32_t tokens);
+  // How the inputs of a matrix are quantized, if they are, and where the normed ones lie.
+  Quantize quantize(const Linear& reader, const Buffer& row_scales) const;
+  char* input_of(const Linear& reader) const;
+  void gemm(const void* x, Quantize x_scale, const Linear& w, void* out, uint32_t tokens, uint32_t capacity);
   void keep_hidden(std::vector<std::vector<float>>* hidden, uint32_t tokens);
   void replace_last_hidden(std::vector<std::vector<float>>& hidden, uint32_t tokens);
   void logits(const BatchPlan& plan);

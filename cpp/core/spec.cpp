@@ -1,5 +1,6 @@
 #include "core/spec.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "core/error.h"
@@ -38,6 +39,13 @@ void validate_layer(const LayerSpec& layer, uint32_t index) {
 }
 
 }  // namespace
+
+bool uses_fp8(const ModelSpec& spec) {
+  const auto is = [](Scheme scheme) { return scheme != Scheme::plain; };
+  return is(spec.lm_head) || std::ranges::any_of(spec.layers, [&](const LayerSpec& layer) {
+           return is(layer.qkv) || is(layer.attention_out) || is(layer.gate_up) || is(layer.down) || layer.fp8_cache;
+         });
+}
 
 void validate(const ModelSpec& spec) {
   in_range("vocab_size", spec.vocab_size, 1, 1u << 30);

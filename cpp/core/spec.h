@@ -8,6 +8,13 @@
 
 namespace gemma_cuda {
 
+// How a matrix is kept and what it is multiplied with.
+enum class Scheme : uint8_t {
+  plain,        // as the engine's options say, bf16 or f32
+  fp8_static,   // in E4M3 with a scale for each row; its inputs too, with one scale that calibration has found
+  fp8_dynamic,  // in E4M3 with a scale for each row; its inputs too, each token with a scale of its own
+};
+
 struct LayerSpec {
   uint32_t window = 0;              // tokens, the query itself among them; 0: full attention
   double rope_theta = 10000.0;      // base frequency
@@ -19,6 +26,8 @@ struct LayerSpec {
   float attention_soft_cap = 0.0f;  // after the scale, before the mask; 0: none
   bool post_norms = false;          // norms after the blocks too (Gemma 2, 3)
   bool qk_norm = false;             // norms over head_dim on q and k, before RoPE (Gemma 3)
+  Scheme qkv = Scheme::plain, attention_out = Scheme::plain, gate_up = Scheme::plain, down = Scheme::plain;
+  bool fp8_cache = false;  // keys and values in E4M3, with a scale for each K/V head
 
   uint32_t q_width() const { return heads * head_dim; }
   uint32_t kv_width() const { return kv_heads * head_dim; }
@@ -33,8 +42,13 @@ struct ModelSpec {
   float rms_norm_eps = 1e-6f;
   float final_soft_cap = 0.0f;  // on the logits; 0: none
   bool tied_embeddings = true;  // the output embedding is the input embedding
+  // Of the output embedding; with FP8 it is a matrix of its own, whether tied or not.
+  Scheme lm_head = Scheme::plain;
   std::vector<LayerSpec> layers;
 };
+
+// Whether anything is kept or computed in FP8.
+bool uses_fp8(const ModelSpec& spec);
 
 // Throws Error::invalid_argument naming the number that cannot be.
 void validate(const ModelSpec& spec);

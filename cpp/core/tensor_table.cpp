@@ -3,34 +3,50 @@
 namespace gemma_cuda {
 namespace {
 
+// A matrix and the scales that its scheme asks for.
+void add_matrix(std::vector<TensorSlot>& table, Scheme scheme, const std::string& module, uint64_t rows, uint64_t cols,
+                Slot slot, uint32_t layer, uint64_t row) {
+  table.push_back({module + ".weight", {rows, cols}, slot, layer, row});
+  if (scheme != Scheme::plain) table.push_back({module + ".weight_scale", {rows}, slot, layer, row, Part::scales});
+  if (scheme == Scheme::fp8_static)
+    table.push_back({module + ".input_scale", {1}, slot, layer, row, Part::input_scale});
+}
+
 // Gemma 1 names its second norm for where it stands (after attention); it is the norm before the MLP. Gemma 2 and 3
 // have a real one after attention under that name.
 void add_layer(std::vector<TensorSlot>& table, const ModelSpec& spec, uint32_t index) {
   const LayerSpec& layer = spec.layers[index];
   const std::string prefix = "model.layers." + std::to_string(index) + ".";
   const uint64_t hidden = spec.hidden_size, ffn = spec.ffn_size, q = layer.q_width(), kv = layer.kv_width();
-  auto add = [&](const char* name, std::vector<uint64_t> shape, Slot slot, uint64_t row = 0) {
-    table.push_back({prefix + name + ".weight", std::move(shape), slot, index, row});
+  auto matrix = [&](const char* name, Scheme scheme, uint64_t rows, uint64_t cols, Slot slot, uint64_t row = 0) {
+    add_matrix(table, scheme, prefix + name, rows, cols, slot, index, row);
   };
-  add("input_layernorm", {hidden}, Slot::pre_attention_norm);
-  add("self_attn.q_proj", {q, hidden}, Slot::qkv);
-  add("self_attn.k_proj", {kv, hidden}, Slot::qkv, q);
-  add("self_attn.v_proj", {kv, hidden}, Slot::qkv, q + kv);
+  auto norm = [&](const char* name, uint64_t width, Slot slot) {
+    table.push_back({prefix + name + ".weight", {width}, slot, index});
+  };
+  norm("input_layernorm", hidden, Slot::pre_attention_norm);
+  matrix("self_attn.q_proj", layer.qkv, q, hidden, Slot::qkv);
+  matrix("self_attn.k_proj", layer.qkv, kv, hidden, Slot::qkv, q);
+  matrix("self_attn.v_proj", layer.qkv, kv, hidden, Slot::qkv, q + kv);
+  if (layer.fp8_cache) {
+    table.push_back({prefix + "self_attn.k_scale", {layer.kv_heads}, Slot::qkv, index, 0, Part::key_scales});
+    table.push_back({prefix + "self_attn.v_scale", {layer.kv_heads}, Slot::qkv, index, 0, Part::value_scales});
+  }
   if (layer.qk_norm) {
-    add("self_attn.q_norm", {layer.head_dim}, Slot::q_norm);
-    add("self_attn.k_norm", {layer.head_dim}, Slot::k_norm);
+    norm("self_attn.q_norm", layer.head_dim, Slot::q_norm);
+    norm("self_attn.k_norm", layer.head_dim, Slot::k_norm);
   }
-  add("self_attn.o_proj", {hidden, q}, Slot::attention_out);
+  matrix("self_attn.o_proj", layer.attention_out, hidden, q, Slot::attention_out);
   if (layer.post_norms) {
-    add("post_attention_layernorm", {hidden}, Slot::post_attention_norm);
-    add("pre_feedforward_layernorm", {hidden}, Slot::pre_mlp_norm);
+    norm("post_attention_layernorm", hidden, Slot::post_attention_norm);
+    norm("pre_feedforward_layernorm", hidden, Slot::pre_mlp_norm);
   } else {
-    add("post_attention_layernorm", {hidden}, Slot::pre_mlp_norm);
+    norm("post_attention_layernorm", hidden, Slot::pre_mlp_norm);
   }
-  add("mlp.gate_proj", {ffn, hidden}, Slot::gate_up);
-  add("mlp.up_proj", {ffn, hidden}, Slot::gate_up, ffn);
-  add("mlp.down_proj", {hidden, ffn}, Slot::down);
-  if (layer.post_norms) add("post_feedforward_layernorm", {hidden}, Slot::post_mlp_norm);
+  matrix("mlp.gate_proj", layer.gate_up, ffn, hidden, Slot::gate_up);
+  matrix("mlp.up_proj", layer.gate_up, ffn, hidden, Slot::gate_up, ffn);
+  matrix("mlp.down_proj", layer.down, hidden, ffn, Slot::down);
+  if (layer.post_norms) norm("post_feedforward_layernorm", hidden, Slot::post_mlp_norm);
 }
 
 }  // namespace
@@ -40,7 +56,8 @@ std::vector<TensorSlot> tensor_table(const ModelSpec& spec) {
   table.push_back({"model.embed_tokens.weight", {spec.vocab_size, spec.hidden_size}, Slot::embedding});
   for (uint32_t i = 0; i < spec.layers.size(); ++i) add_layer(table, spec, i);
   table.push_back({"model.norm.weight", {spec.hidden_size}, Slot::final_norm});
-  if (!spec.tied_embeddings) table.push_back({"lm_head.weight", {spec.vocab_size, spec.hidden_size}, Slot::lm_head});
+  if (!spec.tied_embeddings || spec.lm_head != Scheme::plain)
+    add_matrix(table, spec.lm_head, "lm_head", spec.vocab_size, spec.hidden_size, Slot::lm_head, 0, 0);
   return table;
 }
 

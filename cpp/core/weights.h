@@ -14,47 +14,68 @@
 
 namespace gemma_cuda {
 
+// A matrix [rows, cols] that activations are multiplied with.
+struct Linear {
+  Scheme scheme = Scheme::plain;
+  uint32_t rows = 0, cols = 0;
+  Buffer values;
+  Buffer scales;       // FP8: [rows]
+  Buffer input_scale;  // fp8_static: one
+};
+
 // Norm weights are kept in float32, as the checkpoint has them (used as 1 + w).
 struct LayerWeights {
-  Buffer qkv, attention_out, gate_up, down;
+  Linear qkv, attention_out, gate_up, down;
   Buffer q_norm, k_norm;
   Buffer pre_attention_norm, post_attention_norm, pre_mlp_norm, post_mlp_norm;
-  Buffer inverse_frequency;  // [head_dim / 2]
+  Buffer inverse_frequency;         // [head_dim / 2]
+  Buffer key_scales, value_scales;  // of an FP8 cache: [kv_heads]
 };
 
 class Weights {
  public:
-  // Allocates everything; matrices are kept as `dtype`.
+  // Allocates everything; plain matrices are kept as `dtype`.
   Weights(Backend& backend, const ModelSpec& spec, DType dtype);
 
   void load(std::string_view name, DType dtype, std::span<const uint64_t> shape, std::span<const uint8_t> bytes);
-  // Random matrices and zero norm weights (which scale by 1), for measuring a shape without its weights.
+  // Random matrices, zero norm weights (which scale by 1) and scales that are near what fits, for measuring a shape
+  // without its weights.
   void load_random(uint64_t seed);
-  // Throws naming the first tensor that has not come.
-  void require_all() const;
+  // Throws naming the first tensor that has not come; else loading is over.
+  void finish();
 
   const LayerWeights& layer(uint32_t index) const { return layers_[index]; }
   const Buffer& final_norm() const { return final_norm_; }
-  Matrix embedding() const { return matrix(embedding_, spec_.vocab_size, spec_.hidden_size); }
-  Matrix lm_head() const {
-    return matrix(spec_.tied_embeddings ? embedding_ : lm_head_, spec_.vocab_size, spec_.hidden_size);
-  }
-  Matrix matrix(const Buffer& buffer, uint32_t rows, uint32_t cols) const {
-    return {buffer.data(), dtype_, rows, cols};
+  Matrix embedding() const { return {embedding_.data(), dtype_, spec_.vocab_size, spec_.hidden_size}; }
+  Matrix lm_head() const { return lm_head_.values.data() ? matrix(lm_head_) : embedding(); }
+  const Linear& lm_head_linear() const { return lm_head_; }
+  Matrix matrix(const Linear& linear) const {
+    return {linear.values.data(), linear.scheme == Scheme::plain ? dtype_ : DType::e4m3, linear.rows, linear.cols,
+            linear.scales.as<float>()};
   }
 
   static uint64_t bytes(const ModelSpec& spec, DType dtype);
 
  private:
-  Buffer& slot(const TensorSlot& tensor);
+  Linear* linear(const TensorSlot& tensor);  // null: a vector, or the embedding
+  Buffer& buffer(const TensorSlot& tensor);
+  DType kept(const TensorSlot& tensor);
+  void load_values(const TensorSlot& tensor, DType dtype, std::span<const uint8_t> bytes);
+  void load_scales(const TensorSlot& tensor, DType dtype, std::span<const uint8_t> bytes);
+  void quantize(const TensorSlot& tensor, DType dtype, std::span<const uint8_t> bytes);
+  template <class F>
+  void quantize_rows(const TensorSlot& tensor, DType staged, F bring);
 
   Backend& backend_;
   const ModelSpec& spec_;
   DType dtype_;
-  Buffer embedding_, lm_head_, final_norm_;
+  Buffer embedding_, final_norm_;
+  Linear lm_head_;
   std::vector<LayerWeights> layers_;
+  Buffer staging_;                               // rows on their way to FP8, while loading
+  std::map<const Linear*, float> input_scales_;  // the largest so far of those that share a matrix
   std::map<std::string, TensorSlot, std::less<>> waiting_;
-  std::map<std::string, TensorSlot, std::less<>> loaded_;
+  std::map<std::string, std::string, std::less<>> settled_;  // why no such tensor may come any more
 };
 
 }  // namespace gemma_cuda

@@ -31,4 +31,11 @@ int main() {
   CHECK(cost.of(plan).bytes == 2 * (layers + lm_head) + cached);
   CHECK(cost.of(plan).flops == 2 * (4 * layers + 2 * lm_head));
   CHECK(CostModel(spec, DType::f32, DType::f32).of(plan).bytes == 2 * cost.of(plan).bytes);
+
+  spec.layers[0].gate_up = Scheme::fp8_static;  // 2 x 8 x 16 elements of one byte instead of two
+  spec.layers[2].fp8_cache = true;
+  spec.lm_head = Scheme::fp8_dynamic;
+  const uint64_t less = 256 + (20 + 5) * token / 2 + lm_head;
+  CHECK(CostModel(spec, DType::bf16, DType::bf16).of(plan).bytes == cost.of(plan).bytes - less);
+  CHECK(CostModel(spec, DType::bf16, DType::bf16).of(plan).flops == cost.of(plan).flops);
 }

@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "core/engine.h"
+#include "ops/convert.h"
 
 using namespace gemma_cuda;
 
@@ -40,9 +41,22 @@ Parameters random_parameters(const ModelSpec& spec) {
   for (const TensorSlot& slot : tensor_table(spec)) {
     size_t count = 1;
     for (uint64_t extent : slot.shape) count *= extent;
-    out.emplace_back(slot, test::normal(count, 0.3f));
+    if (slot.part == Part::scales) continue;  // matrices come unquantized
+    std::vector<float> values = test::normal(count, 0.3f);
+    if (slot.part != Part::values)
+      for (float& x : values) x = 0.02f + 0.01f * std::abs(x);
+    out.emplace_back(slot, std::move(values));
   }
   return out;
+}
+
+ModelSpec in_fp8(ModelSpec spec, Scheme scheme, bool cache, bool lm_head) {
+  for (LayerSpec& layer : spec.layers) {
+    layer.qkv = layer.attention_out = layer.gate_up = layer.down = scheme;
+    layer.fp8_cache = cache;
+  }
+  if (lm_head) spec.lm_head = scheme;
+  return spec;
 }
 
 std::span<const uint8_t> bytes_of(const std::vector<float>& values) {
@@ -115,8 +129,7 @@ std::vector<std::vector<float>> ragged(Engine& engine, const std::vector<std::ve
   return logits;
 }
 
-void cutting_changes_nothing(int family, DType compute) {
-  const ModelSpec spec = random_model(family);
+void cutting_changes_nothing(const ModelSpec& spec, DType compute) {
   const Parameters parameters = random_parameters(spec);
   std::vector<std::vector<uint32_t>> prompts;
   for (uint32_t length : {1u, 2u, 5u, 13u, 40u}) prompts.push_back(random_tokens(spec, length));
@@ -139,6 +152,92 @@ void cutting_changes_nothing(int family, DType compute) {
     CHECK(ragged(*engine, prompts) == first);
     CHECK(engine->free_pages() == options.pages);
   }
+}
+
+// In FP8 with scales, or wider and quantized while loading: the same bits, and near what was computed without FP8.
+void fp8_weights_mean_the_same_however_they_come() {
+  const ModelSpec plain = random_model(3);
+  for (Scheme scheme : {Scheme::fp8_static, Scheme::fp8_dynamic}) {
+    const ModelSpec spec = in_fp8(plain, scheme, true, true);
+    Parameters parameters = random_parameters(spec);
+    EngineOptions options;
+    options.compute = options.weights = DType::f32;
+    const std::vector<uint32_t> tokens = random_tokens(spec, 20);
+    const auto wide = make_engine(spec, parameters, options);
+    options.device = "reference";
+    Engine narrow(spec, options);
+    const std::vector<TensorSlot> table = tensor_table(spec);
+    const auto is = [&](const std::string& name) {
+      return std::ranges::any_of(table, [&](const TensorSlot& slot) { return slot.name == name; });
+    };
+    for (const auto& [slot, values] : parameters) {
+      if (!is(slot.name + "_scale")) {
+        narrow.load_tensor(slot.name, DType::f32, slot.shape, bytes_of(values));
+        continue;
+      }
+      std::vector<e4m3> codes;
+      std::vector<float> scales;
+      for (size_t row = 0; row < slot.shape[0]; ++row) {
+        const std::span own = std::span(values).subspan(row * slot.shape[1], slot.shape[1]);
+        float largest = 0;
+        for (float x : own) largest = std::max(largest, std::abs(x));
+        scales.push_back(largest / kE4m3Max);
+        for (float x : own) codes.push_back(to_e4m3(x * (1.0f / scales.back())));
+      }
+      narrow.load_tensor(slot.name, DType::e4m3, slot.shape,
+                         {reinterpret_cast<const uint8_t*>(codes.data()), codes.size()});
+      narrow.load_tensor(slot.name + "_scale", DType::f32, std::vector<uint64_t>{slot.shape[0], 1}, bytes_of(scales));
+    }
+    narrow.finish_loading();
+    const std::vector<float> logits = whole(*wide, tokens);
+    CHECK(whole(narrow, tokens) == logits);
+
+    Parameters same;  // the plain model has its tied embedding for a head, this one a head of its own: make them equal
+    std::vector<float> embedding;
+    for (const auto& [slot, values] : parameters) {
+      if (slot.name == "model.embed_tokens.weight") embedding = values;
+      if (slot.part == Part::values && slot.name != "lm_head.weight") same.emplace_back(slot, values);
+    }
+    for (auto& [slot, values] : parameters)
+      if (slot.name == "lm_head.weight") values = embedding;
+    ModelSpec tied = plain;
+    tied.tied_embeddings = true;
+    const std::vector<float> want = whole(*make_engine(tied, same, options), tokens);
+    const std::vector<float> got = whole(*make_engine(spec, parameters, options), tokens);
+    const double error = test::relative_error(got, std::vector<double>(want.begin(), want.end()));
+    CHECK(error > 1e-4 && error < 0.5);  // random weights are far less forgiving than trained ones
+  }
+}
+
+void scales_that_cannot_be_are_refused() {
+  const ModelSpec spec = in_fp8(random_model(1), Scheme::fp8_static, true, false);
+  EngineOptions options;
+  options.device = "reference";
+  Engine engine(spec, options);
+  const std::string q = "model.layers.0.self_attn.q_proj", attention = "model.layers.1.self_attn";
+  const std::vector<uint64_t> one{1};
+  const auto load = [&](const std::string& name, const std::vector<float>& values) {
+    engine.load_tensor(name, DType::f32, std::vector<uint64_t>{values.size()}, bytes_of(values));
+  };
+  for (float wrong : {0.0f, -1.0f, NAN, INFINITY}) {
+    test::check_throws("a scale must be positive and finite", [&] { load(q + ".input_scale", {wrong}); });
+    test::check_throws(q + ".weight_scale has", [&] { load(q + ".weight_scale", {wrong}); });
+    test::check_throws(attention + ".k_scale has", [&] { load(attention + ".k_scale", {wrong}); });
+  }
+  test::check_throws("has shape [3], the model wants [1]", [&] { load(q + ".input_scale", {1, 2, 3}); });
+  test::check_throws(" or one", [&] { load(q + ".weight_scale", std::vector<float>(7777, 1.0f)); });
+  test::check_throws("is not one of this model's", [&] { load("model.norm.weight_scale", {1}); });
+  const std::vector<uint64_t> embedding{spec.vocab_size, spec.hidden_size};
+  const std::vector<uint8_t> codes(embedding[0] * embedding[1]);
+  test::check_throws("is FP8, but the model is not quantized there",
+                     [&] { engine.load_tensor("model.embed_tokens.weight", DType::e4m3, embedding, codes); });
+  const std::vector<uint64_t> shape{spec.layers[0].q_width(), spec.hidden_size};
+  const std::vector<float> weights(shape[0] * shape[1], 1.0f);
+  engine.load_tensor(q + ".weight", DType::f32, shape, bytes_of(weights));
+  test::check_throws("is not used: the tensor it belongs to came unquantized", [&] { load(q + ".weight_scale", {1}); });
+  load(q + ".input_scale", {1});
+  test::check_throws("was loaded before", [&] { load(q + ".input_scale", {1}); });
+  test::check_throws("is missing", [&] { engine.finish_loading(); });
 }
 
 // Passes beyond what the MLP takes at a time.
@@ -492,7 +591,14 @@ void damaged_weights_end_only_the_sequences_that_meet_them() {
 
 int main() {
   for (int family : {1, 2, 3})
-    for (DType compute : {DType::f32, DType::bf16}) cutting_changes_nothing(family, compute);
+    for (DType compute : {DType::f32, DType::bf16}) {
+      const ModelSpec spec = random_model(family);
+      cutting_changes_nothing(spec, compute);
+      for (Scheme scheme : {Scheme::fp8_static, Scheme::fp8_dynamic})
+        cutting_changes_nothing(in_fp8(spec, scheme, family != 2, family == 3), compute);
+    }
+  fp8_weights_mean_the_same_however_they_come();
+  scales_that_cannot_be_are_refused();
   long_passes_have_the_results_of_short_ones();
   a_reused_prefix_changes_nothing();
   scores_and_samples_agree_with_logits();
