@@ -21,10 +21,6 @@ Examples:
   gemma-cuda inspect -m gemma-3-1b-it --kv-cache 32768 --json
   gemma-cuda inspect -m damaged --check")]
 pub struct Args {
-    /// Read every weight, and fail naming the first tensor that holds a NaN or an infinity
-    #[arg(long)]
-    check: bool,
-
     /// Write one JSON object
     #[arg(long)]
     json: bool,
@@ -87,10 +83,11 @@ struct Memory {
 pub fn run(args: Args) -> Result<Outcome> {
     let checkpoint = Checkpoint::open(&args.model.model)?;
     let (options, budget) = args.model.options().plan(&checkpoint)?;
-    if args.check {
+    let check = args.model.check_weights;
+    if check {
         checkpoint.check_weights()?;
     }
-    let summary = summarize(&checkpoint, &options, &budget, args.check);
+    let summary = summarize(&checkpoint, &options, &budget, check);
     if args.json {
         output::json(&summary)?
     } else {
