@@ -6,6 +6,17 @@
 
 #[cxx::bridge(namespace = "gemma_cuda::bridge")]
 pub(crate) mod ffi {
+    /// How a matrix is kept and what it is multiplied with.
+    #[derive(Debug)]
+    enum Scheme {
+        /// As the engine's options say.
+        Plain,
+        /// In E4M3 with a scale for each row; its inputs too, with one scale that calibration has found.
+        Fp8Static,
+        /// In E4M3 with a scale for each row; its inputs too, each token with a scale of its own.
+        Fp8Dynamic,
+    }
+
     /// One decoder layer. Gemma 1, 2 and 3 differ only in these numbers.
     #[derive(Clone, Debug, PartialEq)]
     struct LayerSpec {
@@ -29,6 +40,14 @@ pub(crate) mod ffi {
         post_norms: bool,
         /// RMS norms over head_dim on queries and keys, before RoPE (Gemma 3).
         qk_norm: bool,
+        /// Of the matrix that makes queries, keys and values.
+        qkv: Scheme,
+        attention_out: Scheme,
+        /// Of the matrix that makes the MLP's gate and its other factor.
+        gate_up: Scheme,
+        down: Scheme,
+        /// Keys and values in E4M3, with a scale for each K/V head.
+        fp8_cache: bool,
     }
 
     /// A whole model, as data.
@@ -48,6 +67,8 @@ pub(crate) mod ffi {
         final_soft_cap: f32,
         /// Whether the output embedding is the input embedding.
         tied_embeddings: bool,
+        /// Of the output embedding; with FP8 it is a matrix of its own, whether tied or not.
+        lm_head: Scheme,
         layers: Vec<LayerSpec>,
     }
 
@@ -57,6 +78,8 @@ pub(crate) mod ffi {
         F32,
         BF16,
         F16,
+        /// FP8: the OCP standard's E4M3 without infinities. Never without a scale.
+        E4M3,
     }
 
     /// How to build an engine. Zero means "choose for me" where a field says so.

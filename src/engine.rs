@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::options::bytes_text;
 
 pub use crate::bridge::ffi::{
-    DType, EngineOptions, EngineStatistics, ItemOutput, LayerSpec, MemoryBudget, ModelSpec, SamplingConfig,
+    DType, EngineOptions, EngineStatistics, ItemOutput, LayerSpec, MemoryBudget, ModelSpec, SamplingConfig, Scheme,
     ScoredToken, SequenceState, StepItem, TensorSlot, TokenBias, TokenLogprob,
 };
 
@@ -30,6 +30,12 @@ impl Default for EngineOptions {
             prefix_cache: true,
             padded: false,
         }
+    }
+}
+
+impl Default for Scheme {
+    fn default() -> Self {
+        Scheme::Plain
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::checkpoint::Checkpoint;
 use crate::engine::{
-    DType, Engine, EngineOptions, EngineStatistics, ItemOutput, MemoryBudget, ModelSpec, SamplingConfig, StepItem,
+    Engine, EngineOptions, EngineStatistics, ItemOutput, MemoryBudget, ModelSpec, SamplingConfig, StepItem,
     memory_budget,
 };
 use crate::generate::{Core, Limits};
@@ -77,7 +77,7 @@ impl LoadOptions {
     /// # Errors
     /// [`Error::InvalidArgument`] names an option that is out of range.
     pub fn plan(&self, checkpoint: &Checkpoint) -> Result<(EngineOptions, MemoryBudget)> {
-        let exact_in_bf16 = checkpoint.tensors().all(|tensor| tensor.dtype() == DType::BF16);
+        let exact_in_bf16 = checkpoint.is_bf16();
         let options = self.resolve(checkpoint.spec(), exact_in_bf16)?;
         let budget = memory_budget(checkpoint.spec(), &options)?;
         Ok((options, budget))

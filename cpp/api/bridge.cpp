@@ -22,8 +22,18 @@ gemma_cuda::DType from_rust(DType type) {
     case DType::F32: return gemma_cuda::DType::f32;
     case DType::BF16: return gemma_cuda::DType::bf16;
     case DType::F16: return gemma_cuda::DType::f16;
+    case DType::E4M3: return gemma_cuda::DType::e4m3;
   }
   throw Error::invalid_argument("unknown dtype");
+}
+
+gemma_cuda::Scheme from_rust(Scheme scheme) {
+  switch (scheme) {
+    case Scheme::Plain: return gemma_cuda::Scheme::plain;
+    case Scheme::Fp8Static: return gemma_cuda::Scheme::fp8_static;
+    case Scheme::Fp8Dynamic: return gemma_cuda::Scheme::fp8_dynamic;
+  }
+  throw Error::invalid_argument("unknown scheme");
 }
 
 gemma_cuda::ModelSpec from_rust(const ModelSpec& spec) {
@@ -35,6 +45,7 @@ gemma_cuda::ModelSpec from_rust(const ModelSpec& spec) {
       .rms_norm_eps = spec.rms_norm_eps,
       .final_soft_cap = spec.final_soft_cap,
       .tied_embeddings = spec.tied_embeddings,
+      .lm_head = from_rust(spec.lm_head),
       .layers = {},
   };
   for (const LayerSpec& layer : spec.layers)
@@ -49,6 +60,11 @@ gemma_cuda::ModelSpec from_rust(const ModelSpec& spec) {
         .attention_soft_cap = layer.attention_soft_cap,
         .post_norms = layer.post_norms,
         .qk_norm = layer.qk_norm,
+        .qkv = from_rust(layer.qkv),
+        .attention_out = from_rust(layer.attention_out),
+        .gate_up = from_rust(layer.gate_up),
+        .down = from_rust(layer.down),
+        .fp8_cache = layer.fp8_cache,
     });
   return out;
 }

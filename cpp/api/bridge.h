@@ -19,6 +19,7 @@ struct SequenceState;
 struct StepItem;
 struct TensorSlot;
 enum class DType : uint8_t;
+enum class Scheme : uint8_t;
 
 rust::String canonical_tensor_name(rust::Str name);
 rust::Vec<TensorSlot> tensor_table(const ModelSpec& spec);

@@ -65,10 +65,17 @@ std::optional<std::string> canonical_tensor_name(std::string_view name) {
   for (std::string_view tower : {"vision_tower.", "multi_modal_projector.", "embed_vision."})
     for (std::string_view prefix : {"", "model."})
       if (name.starts_with(prefix) && name.substr(prefix.size()).starts_with(tower)) return std::nullopt;
+  std::string out(name);
   for (std::string_view prefix : {"language_model.model.", "model.language_model."})
-    if (name.starts_with(prefix)) return "model." + std::string(name.substr(prefix.size()));
-  if (name.starts_with("language_model.lm_head.")) return std::string(name.substr(15));
-  return std::string(name);
+    if (name.starts_with(prefix)) out = "model." + std::string(name.substr(prefix.size()));
+  if (name.starts_with("language_model.lm_head.")) out = name.substr(15);
+  // Scales of the cache are also named for the matrix that makes its keys or values.
+  for (const auto& [theirs, ours] : {std::pair<std::string_view, const char*>{".k_proj.k_scale", ".k_scale"},
+                                     {".k_proj.output_scale", ".k_scale"},
+                                     {".v_proj.v_scale", ".v_scale"},
+                                     {".v_proj.output_scale", ".v_scale"}})
+    if (out.ends_with(theirs)) out.replace(out.size() - theirs.size(), theirs.size(), ours);
+  return out;
 }
 
 }  // namespace gemma_cuda

@@ -5,7 +5,8 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::fields::{Fields, read_object};
-use crate::engine::{LayerSpec, ModelSpec};
+use super::quantization::Quantization;
+use crate::engine::{LayerSpec, ModelSpec, Scheme};
 use crate::error::{Error, Result};
 
 #[derive(Clone, Copy, PartialEq)]
@@ -23,11 +24,27 @@ pub(super) struct Config {
     pub vocab_given: bool,
     pub eos_token_ids: Vec<u32>,
     pub bos_token_id: Option<u32>,
+    /// Whether it says how the checkpoint was quantized.
+    pub quantized: bool,
 }
 
 impl Config {
-    pub fn read(path: &Path) -> Result<Self> {
-        Self::parse(path, &read_object(path)?)
+    /// Of the folder `dir`: its `config.json`, and `hf_quant_config.json`, where ModelOpt says what it did.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join("config.json");
+        let mut config = Self::parse(&path, &read_object(&path)?)?;
+        let own = dir.join("hf_quant_config.json");
+        if !config.quantized && own.exists() {
+            config.quantize(Fields::new(&own, &read_object(&own)?))?;
+        }
+        Ok(config)
+    }
+
+    fn quantize(&mut self, fields: Fields) -> Result<()> {
+        let applied = Quantization::parse(fields)?.apply(&mut self.spec);
+        applied.map_err(|error| fields.error(error.to_string()))?;
+        self.quantized = true;
+        Ok(())
     }
 
     pub fn parse(path: &Path, map: &Map<String, Value>) -> Result<Self> {
@@ -38,12 +55,20 @@ impl Config {
         let spec = model_spec(family, fields, top)?;
         // Ids stand at the top or beside the text model.
         let ids = |name| Ok::<_, Error>(if fields.has(name) { fields.token_ids(name)? } else { top.token_ids(name)? });
-        Ok(Config {
+        let mut config = Config {
             vocab_given: fields.has("vocab_size"),
             eos_token_ids: ids("eos_token_id")?,
             bos_token_id: ids("bos_token_id")?.first().copied(),
+            quantized: false,
             spec,
-        })
+        };
+        // It stands at the top or beside the text model.
+        for place in [top, fields] {
+            if let (false, Some(quantization)) = (config.quantized, place.object("quantization_config")?) {
+                config.quantize(quantization)?;
+            }
+        }
+        Ok(config)
     }
 }
 
@@ -72,9 +97,6 @@ fn refuse_unsupported(fields: Fields) -> Result<()> {
         if fields.boolean(name)? == Some(true) {
             return Err(fields.error(format!("`{name}` true is not supported; no published Gemma text model has it")));
         }
-    }
-    if fields.object("quantization_config")?.is_some() {
-        return Err(fields.error("`quantization_config`: quantized checkpoints are not supported by this version"));
     }
     // Gemma means the tanh form of GELU under every name it was given, "gelu" of the first configs among them.
     for name in ["hidden_act", "hidden_activation"] {
@@ -110,6 +132,7 @@ fn model_spec(family: Family, fields: Fields, top: Fields) -> Result<ModelSpec> 
         rms_norm_eps: fields.positive("rms_norm_eps")?.unwrap_or(1e-6) as f32,
         final_soft_cap: soft_cap(family, fields, "final_logit_softcapping", 30.0)?,
         tied_embeddings: tied,
+        lm_head: Scheme::Plain,
         layers: layer_specs(
             family,
             fields,
@@ -162,6 +185,11 @@ fn layer_specs(family: Family, fields: Fields, layers: u32, heads: u32, kv_heads
                 attention_soft_cap,
                 post_norms: family != Family::Gemma1,
                 qk_norm: family == Family::Gemma3,
+                qkv: Scheme::Plain,
+                attention_out: Scheme::Plain,
+                gate_up: Scheme::Plain,
+                down: Scheme::Plain,
+                fp8_cache: false,
             }
         })
         .collect())
@@ -386,7 +414,10 @@ mod tests {
             (json!({"rope_scaling": {"rope_type": "linear"}}), "without a `factor`"),
             (json!({"attention_bias": true}), "`attention_bias`"),
             (json!({"use_bidirectional_attention": true}), "`use_bidirectional_attention`"),
-            (json!({"quantization_config": {"quant_method": "fp8"}}), "quantized checkpoints"),
+            (
+                json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+                "`quant_method` \"gptq\" is not supported",
+            ),
         ] {
             let message = refused(with(gemma1(), changes));
             assert!(message.starts_with("config.json: ") && message.contains(named), "{message}");

@@ -51,6 +51,18 @@ impl<'a> Fields<'a> {
         self.map.get(name).filter(|value| !value.is_null())
     }
 
+    /// Whether the field has a value other than null.
+    pub fn given(&self, name: &str) -> bool {
+        self.get(name).is_some()
+    }
+
+    /// All fields, each of which is to be an object.
+    pub fn objects(self) -> impl Iterator<Item = Result<Fields<'a>>> {
+        self.map.keys().map(move |name| {
+            self.object(name)?.ok_or_else(|| self.error(format!("`{name}` is null, which is not an object")))
+        })
+    }
+
     pub fn object(&self, name: &str) -> Result<Option<Fields<'a>>> {
         match self.get(name) {
             None => Ok(None),

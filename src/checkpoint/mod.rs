@@ -3,6 +3,7 @@
 mod config;
 mod fields;
 mod generation_config;
+mod quantization;
 mod safetensors;
 mod shapes;
 mod template;
@@ -58,6 +59,11 @@ impl<'a> Tensor<'a> {
         &self.stored.shape
     }
 
+    /// Whether it holds scales of FP8, not values.
+    pub fn is_scale(&self) -> bool {
+        is_scale(self.name)
+    }
+
     /// Its elements, little-endian.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
@@ -76,7 +82,7 @@ impl Checkpoint {
             let what = if dir.exists() { "is not a folder" } else { "does not exist" };
             return Err(Error::checkpoint(dir, format!("{what}; a checkpoint is a folder with config.json in it")));
         }
-        let mut config = Config::read(&dir.join("config.json"))?;
+        let mut config = Config::read(dir)?;
         let files = Files::open(dir)?;
         take_vocabulary_from_embedding(&mut config, &files);
         let mut checkpoint = Checkpoint {
@@ -136,9 +142,16 @@ impl Checkpoint {
         self.tensors().map(|tensor| tensor.bytes.len() as u64).sum()
     }
 
-    /// Whether bf16 holds every matrix exactly, because that is what the checkpoint stores.
+    /// Whether bf16 holds every matrix that is not FP8 exactly, because that is what the checkpoint stores.
     pub fn is_bf16(&self) -> bool {
-        self.tensors().all(|tensor| tensor.dtype() == DType::BF16 || tensor.shape().len() < 2)
+        self.tensors().all(|tensor| {
+            matches!(tensor.dtype(), DType::BF16 | DType::E4M3) || tensor.is_scale() || tensor.shape().len() < 2
+        })
+    }
+
+    /// Whether the checkpoint holds FP8 already.
+    pub fn is_quantized(&self) -> bool {
+        self.tensors().any(|tensor| tensor.dtype() == DType::E4M3 || tensor.is_scale())
     }
 
     /// Looks for NaN and infinity in every weight.
@@ -151,6 +164,7 @@ impl Checkpoint {
             let bad = match tensor.dtype() {
                 DType::F32 => position(bytes, |b| f32::from_le_bytes(b).is_finite()),
                 DType::BF16 => position(bytes, |b| bf16::from_le_bytes(b).is_finite()),
+                DType::E4M3 => position(bytes, |[b]: [u8; 1]| b & 0x7f != 0x7f),
                 _ => position(bytes, |b| f16::from_le_bytes(b).is_finite()),
             };
             if let Some(at) = bad {
@@ -190,24 +204,38 @@ impl Checkpoint {
         let table = tensor_table(&self.spec)?;
         let wanted: HashMap<&str, &[u64]> = table.iter().map(|slot| (&*slot.name, &*slot.shape)).collect();
         let mut found = HashMap::new();
+        // Scales come as vectors, columns or scalars; the engine takes them all.
+        let fits = |tensor: &Tensor, shape: &[u64]| {
+            let count: u64 = tensor.shape().iter().product();
+            tensor.shape() == shape || tensor.is_scale() && (count == 1 || count == shape.iter().product::<u64>())
+        };
         for tensor in self.tensors() {
             let wrong = |message| Err(Error::checkpoint(self.files.path(tensor.stored), message));
             let name = &tensor.stored.name;
             match wanted.get(tensor.name) {
                 None => return wrong(format!("tensor {name} {:?} is not one of this model's", tensor.shape())),
-                Some(shape) if *shape != tensor.shape() => {
+                Some(shape) if !fits(&tensor, shape) => {
                     return wrong(format!("tensor {name} has shape {:?}, the model wants {shape:?}", tensor.shape()));
                 }
-                Some(_) => found.insert(tensor.name, ()),
+                Some(_) => found.insert(tensor.name, tensor.dtype()),
             };
         }
-        match table.iter().find(|slot| !found.contains_key(&*slot.name)) {
+        // A matrix that is to be FP8 and is not yet has no scales: it is quantized while it is loaded.
+        let unquantized = |name: &str| {
+            let matrix = name.strip_suffix("_scale").and_then(|matrix| found.get(matrix));
+            matrix.is_some_and(|&dtype| dtype != DType::E4M3)
+        };
+        match table.iter().find(|slot| !found.contains_key(&*slot.name) && !unquantized(&slot.name)) {
             Some(slot) => {
                 Err(Error::checkpoint(&self.dir, format!("tensor {} {:?} is missing", slot.name, slot.shape)))
             }
             None => Ok(()),
         }
     }
+}
+
+fn is_scale(name: &str) -> bool {
+    [".weight_scale", ".input_scale", ".k_scale", ".v_scale"].iter().any(|end| name.ends_with(end))
 }
 
 /// A Gemma 3 config may leave the vocabulary's size to the embedding.

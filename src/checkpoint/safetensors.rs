@@ -82,8 +82,11 @@ impl Files {
                 Dtype::F32 => DType::F32,
                 Dtype::BF16 => DType::BF16,
                 Dtype::F16 => DType::F16,
+                Dtype::F8_E4M3 => DType::E4M3,
                 _ if canonical.is_none() => DType::F32, // never read
-                other => return Err(wrong(format!("tensor {name} is {other:?}; BF16, F16 and F32 can be loaded"))),
+                other => {
+                    return Err(wrong(format!("tensor {name} is {other:?}; BF16, F16, F32 and F8_E4M3 can be loaded")));
+                }
             };
             let start = 8 + header_len;
             self.tensors.push(Stored {
