@@ -240,8 +240,24 @@ pub(crate) mod ffi {
         peak_memory: u64,
     }
 
+    /// Magnitudes of the activations whose scale a tensor of this name will be.
+    #[derive(Clone, Debug, PartialEq)]
+    struct Observation {
+        /// `model.layers.0.self_attn.q_proj.input_scale` for all three that share the input; `….self_attn.k_scale` with a
+        /// group for each K/V head.
+        name: String,
+        /// The largest finite one of each group.
+        largest: Vec<f32>,
+        /// For each group 4096 bins, sixteen of them from one power of two to the next: bin `i` begins at the float32
+        /// whose bits are `i << 19`. NaN and infinity are in the last sixteen.
+        counts: Vec<u64>,
+    }
+
     unsafe extern "C++" {
         include!("api/bridge.h");
+
+        /// Rows of row-major `bytes` in E4M3: each element divided by its row's scale, or by the only one.
+        fn quantize_e4m3(dtype: DType, bytes: &[u8], scales: &[f32]) -> Result<Vec<u8>>;
 
         /// The canonical name of a checkpoint's tensor (its prefix normalized); empty for a tensor of a vision
         /// tower, which text generation leaves aside.
@@ -285,6 +301,9 @@ pub(crate) mod ffi {
         /// The second half, of the oldest step that is on its way.
         fn collect(self: Pin<&mut Engine>) -> Result<Vec<ItemOutput>>;
         fn runs_ahead(self: &Engine) -> bool;
+
+        fn start_calibration(self: Pin<&mut Engine>) -> Result<()>;
+        fn calibration(self: &Engine) -> Result<Vec<Observation>>;
 
         fn statistics(self: &Engine) -> EngineStatistics;
         /// Bytes read and written in a second by a copy within the device's memory, measured now.

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::options::bytes_text;
 
 pub use crate::bridge::ffi::{
-    DType, EngineOptions, EngineStatistics, ItemOutput, LayerSpec, MemoryBudget, ModelSpec, SamplingConfig, Scheme,
+    DType, EngineOptions, EngineStatistics, ItemOutput, LayerSpec, MemoryBudget, ModelSpec, Observation, SamplingConfig, Scheme,
     ScoredToken, SequenceState, StepItem, TensorSlot, TokenBias, TokenLogprob,
 };
 
@@ -93,6 +93,15 @@ pub fn canonical_tensor_name(name: &str) -> Option<String> {
 /// `InvalidArgument` naming the number in `spec` that cannot be.
 pub fn tensor_table(spec: &ModelSpec) -> Result<Vec<TensorSlot>> {
     Ok(ffi::tensor_table(spec)?)
+}
+
+/// Row-major `bytes` in FP8 (E4M3), each element divided by its row's scale, to nearest even and saturating at 448; there
+/// are as many rows as scales.
+///
+/// # Errors
+/// `InvalidArgument` for scales that are not positive and finite, or do not divide the elements.
+pub fn quantize_e4m3(dtype: DType, bytes: &[u8], scales: &[f32]) -> Result<Vec<u8>> {
+    Ok(ffi::quantize_e4m3(dtype, bytes, scales)?)
 }
 
 /// Bytes an engine with these options would take; nothing is allocated.
@@ -254,6 +263,22 @@ impl Engine {
     /// Whether launching ahead gains anything: the CPU has computed when [`Engine::launch`] returns.
     pub fn runs_ahead(&self) -> bool {
         self.core.runs_ahead()
+    }
+
+    /// From now on every step gathers the magnitudes of all activations; what was gathered before is forgotten.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a model that is in FP8 already.
+    pub fn start_calibration(&mut self) -> Result<()> {
+        Ok(self.core.pin_mut().start_calibration()?)
+    }
+
+    /// What was gathered since [`Engine::start_calibration`].
+    ///
+    /// # Errors
+    /// `InvalidArgument` if calibration was not started.
+    pub fn calibration(&self) -> Result<Vec<Observation>> {
+        Ok(self.core.calibration()?)
     }
 
     /// What has been done since the engine was made. Costs nothing.

@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "core/error.h"
+#include "core/quantize.h"
 #include "gemma-cuda/src/bridge.rs.h"
 
 namespace gemma_cuda::bridge {
@@ -145,6 +146,14 @@ rust::String canonical_tensor_name(rust::Str name) {
   return rust::String::lossy(gemma_cuda::canonical_tensor_name(view(name)).value_or(""));
 }
 
+rust::Vec<uint8_t> quantize_e4m3(DType dtype, rust::Slice<const uint8_t> bytes, rust::Slice<const float> scales) {
+  rust::Vec<uint8_t> out;
+  const std::vector<e4m3> codes = gemma_cuda::quantize_rows(from_rust(dtype), view(bytes), view(scales));
+  out.reserve(codes.size());
+  for (e4m3 code : codes) out.push_back(code.bits);
+  return out;
+}
+
 rust::Vec<TensorSlot> tensor_table(const ModelSpec& spec) {
   const gemma_cuda::ModelSpec model = from_rust(spec);
   validate(model);
@@ -205,6 +214,19 @@ void Engine::launch(rust::Slice<const StepItem> items) { engine_.launch(from_rus
 rust::Vec<ItemOutput> Engine::collect() { return to_rust(engine_.collect()); }
 
 bool Engine::runs_ahead() const { return engine_.runs_ahead(); }
+
+void Engine::start_calibration() { engine_.start_calibration(); }
+
+rust::Vec<Observation> Engine::calibration() const {
+  rust::Vec<Observation> out;
+  for (const gemma_cuda::Observation& observation : engine_.calibration()) {
+    Observation own{rust::String(observation.name), to_rust(observation.largest), {}};
+    own.counts.reserve(observation.counts.size());
+    for (uint64_t count : observation.counts) own.counts.push_back(count);
+    out.push_back(std::move(own));
+  }
+  return out;
+}
 
 EngineStatistics Engine::statistics() const {
   const gemma_cuda::EngineStatistics all = engine_.statistics();

@@ -14,6 +14,7 @@ struct EngineStatistics;
 struct ItemOutput;
 struct MemoryBudget;
 struct ModelSpec;
+struct Observation;
 struct SamplingConfig;
 struct SequenceState;
 struct StepItem;
@@ -22,6 +23,7 @@ enum class DType : uint8_t;
 enum class Scheme : uint8_t;
 
 rust::String canonical_tensor_name(rust::Str name);
+rust::Vec<uint8_t> quantize_e4m3(DType dtype, rust::Slice<const uint8_t> bytes, rust::Slice<const float> scales);
 rust::Vec<TensorSlot> tensor_table(const ModelSpec& spec);
 MemoryBudget memory_budget(const ModelSpec& spec, const EngineOptions& options);
 
@@ -44,6 +46,8 @@ class Engine {
   void launch(rust::Slice<const StepItem> items);
   rust::Vec<ItemOutput> collect();
   bool runs_ahead() const;
+  void start_calibration();
+  rust::Vec<Observation> calibration() const;
   EngineStatistics statistics() const;
   double copy_bandwidth();
 

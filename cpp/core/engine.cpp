@@ -5,6 +5,7 @@
 #include <optional>
 #include <unordered_set>
 
+#include "core/calibration.h"
 #include "core/cost.h"
 #include "core/device.h"
 #include "core/error.h"
@@ -164,6 +165,7 @@ struct Engine::State {
   Backend* backend;
   Weights weights;
   Forward forward;
+  std::optional<Calibration> calibration;
   CostModel cost;
   EngineStatistics statistics;  // all but its memory
   PagePool pages;
@@ -322,6 +324,21 @@ EngineStatistics Engine::statistics() const {
   statistics.memory = memory.now;
   statistics.peak_memory = memory.peak;
   return statistics;
+}
+
+void Engine::start_calibration() {
+  State& s = *state_;
+  s.require_working();
+  require(!uses_fp8(s.spec), "this model is in FP8 already; calibration needs the one it was made of");
+  require(!s.options.padded, "calibration wants no padding");
+  s.calibration.emplace(*s.backend, s.spec);
+  s.forward.observe(&*s.calibration);
+}
+
+std::vector<Observation> Engine::calibration() const {
+  state_->require_working();
+  require(state_->calibration.has_value(), "start_calibration has not been called");
+  return state_->calibration->download();
 }
 
 double Engine::copy_bandwidth() { return state_->backend->copy_bandwidth(); }

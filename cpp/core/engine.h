@@ -16,6 +16,7 @@
 #include <string_view>
 #include <vector>
 
+#include "core/observation.h"
 #include "core/spec.h"
 #include "core/tensor_table.h"
 #include "ops/dtype.h"
@@ -132,6 +133,11 @@ class Engine {
   EngineStatistics statistics() const;
   // Bytes read and written in a second by a copy within the device's memory, measured now, beside what is allocated.
   double copy_bandwidth();
+
+  // From now on every step gathers the magnitudes of all activations; a model with FP8 is refused.
+  void start_calibration();
+  // What was gathered since.
+  std::vector<Observation> calibration() const;
 
  private:
   struct Launched;

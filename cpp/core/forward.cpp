@@ -129,7 +129,7 @@ const float* Forward::run(const BatchPlan& plan, const SamplePlan& samples, uint
   last_tokens_ = last_tokens;
   const SamplePlan nothing;
   const SamplePlan& within = holds(samples) ? samples : nothing;
-  if (const CapturedPass* found = hidden == nullptr ? captured(plan) : nullptr) {
+  if (const CapturedPass* found = hidden == nullptr && observer_ == nullptr ? captured(plan) : nullptr) {
     upload(fill_up(plan, found->shape), within);
     found->graph->launch();
   } else {
@@ -205,6 +205,7 @@ void Forward::pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidde
     keep_hidden(hidden, tokens);
   }
   if (hidden != nullptr) replace_last_hidden(*hidden, tokens);
+  if (observer_ != nullptr) observe_last(tokens);
   logits(plan);
   sample(tables_.tasks, tables_.adjustments, 0, static_cast<uint32_t>(plan.logit_rows.size()), kTopRoom);
 }
@@ -246,6 +247,7 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
                       weights.key_scales.as<float>(),
                       weights.value_scales.as<float>()};
 
+  observe(act_.x.data(), tokens, spec_.hidden_size, &Calibration::Layer::qkv, index);
   gemm(input_of(weights.qkv), quantize(weights.qkv, act_.x_scales), weights.qkv, act_.qkv, tokens, limits_.tokens);
   backend_.rope({.qkv = act_.qkv,
                  .positions = tables_.positions,
@@ -258,6 +260,12 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
                  .q = act_.q,
                  .cache = cache,
                  .tokens = tokens});
+  if (observer_ != nullptr)
+    backend_.observe_cache({.cache = cache,
+                            .slots = tables_.slots,
+                            .tokens = tokens,
+                            .keys = observer_->layer(index).keys,
+                            .values = observer_->layer(index).values});
   const Quantize how = quantize(weights.attention_out, act_.x_scales);
   const Quantize fused{.scale = how.scale, .row_scales = nullptr};
   backend_.attention({.q = act_.q,
@@ -276,6 +284,7 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
                       .out = act_.attended,
                       .tokens = tokens,
                       .quantize = fused});
+  observe(act_.attended, tokens, layer.q_width(), &Calibration::Layer::attention_out, index);
   const void* attended = act_.attended;
   if (how.row_scales != nullptr) {  // a token's heads are not computed together
     attended = act_.x8.data();
@@ -298,12 +307,15 @@ void Forward::mlp_block(uint32_t index, uint32_t tokens) {
     // The rows behind a slice are the next one's input.
     const uint32_t slice = std::min(tokens - from, kMlpTokens);
     const uint32_t capacity = from + slice < tokens ? slice : std::min(limits_.tokens - from, kMlpTokens);
+    observe(act_.x.as<char>() + from * hidden * size_of(limits_.act), slice, spec_.hidden_size,
+            &Calibration::Layer::gate_up, index);
     Quantize x_scale = quantize(weights.gate_up, act_.x_scales);
     if (x_scale.row_scales != nullptr) x_scale.row_scales += from;
     gemm(input_of(weights.gate_up) + from * hidden * x_element, x_scale, weights.gate_up, act_.gate_up, slice,
          capacity);
     backend_.geglu(
         {.gate_up = act_.gate_up, .out = act_.activated, .tokens = slice, .ffn = spec_.ffn_size, .quantize = how});
+    observe(act_.activated, slice, spec_.ffn_size, &Calibration::Layer::down, index);
     gemm(act_.activated, how, weights.down, act_.x.as<char>() + from * hidden * size_of(limits_.act), slice, capacity);
   }
 }
@@ -318,6 +330,13 @@ void Forward::add_and_norm(const Buffer* post, const Buffer* next, const Linear*
                  .hidden = spec_.hidden_size,
                  .eps = spec_.rms_norm_eps,
                  .quantize = reader ? quantize(*reader, act_.x_scales) : Quantize{}});
+}
+
+// Of a model without FP8: there is nothing to be learned from what is quantized already.
+void Forward::observe(const void* x, uint32_t rows, uint32_t width, Magnitudes Calibration::Layer::*what,
+                      uint32_t layer) {
+  if (observer_ != nullptr)
+    backend_.observe({.x = x, .rows = rows, .width = width, .to = observer_->layer(layer).*what});
 }
 
 Quantize Forward::quantize(const Linear& reader, const Buffer& row_scales) const {
@@ -408,14 +427,25 @@ void Forward::keep_hidden(std::vector<std::vector<float>>* hidden, uint32_t toke
   backend_.download(rows.data(), act_.residual.data(), rows.size() * sizeof(float));
 }
 
-void Forward::replace_last_hidden(std::vector<std::vector<float>>& hidden, uint32_t tokens) {
-  std::vector<float>& rows = hidden.back();
+// The inputs of the output embedding, of all tokens and not only of those whose logits are wanted.
+void Forward::observe_last(uint32_t tokens) {
+  norm_last(tokens);
+  backend_.observe({.x = act_.x.data(), .rows = tokens, .width = spec_.hidden_size, .to = observer_->lm_head()});
+}
+
+// x = the final norm of all rows.
+void Forward::norm_last(uint32_t tokens) {
   backend_.norm({.residual = act_.residual.as<float>(),
                  .weight = weights_.final_norm().as<float>(),
                  .out = act_.x.data(),
                  .tokens = tokens,
                  .hidden = spec_.hidden_size,
                  .eps = spec_.rms_norm_eps});
+}
+
+void Forward::replace_last_hidden(std::vector<std::vector<float>>& hidden, uint32_t tokens) {
+  std::vector<float>& rows = hidden.back();
+  norm_last(tokens);
   if (limits_.act == DType::f32) {
     backend_.download(rows.data(), act_.x.data(), rows.size() * sizeof(float));
     return;

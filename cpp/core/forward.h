@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "core/calibration.h"
 #include "core/plan.h"
 #include "core/sample_plan.h"
 #include "core/spec.h"
@@ -41,7 +42,10 @@ class Forward {
                    std::vector<std::vector<float>>* hidden);
 
   // Whether a pass of this plan, with no hidden states asked for, replays a captured one.
-  bool is_captured(const BatchPlan& plan) const { return captured(plan) != nullptr; }
+  bool is_captured(const BatchPlan& plan) const { return observer_ == nullptr && captured(plan) != nullptr; }
+
+  // From now on every pass adds its activations to what was gathered; it is not a captured one then. Null: no more.
+  void observe(const Calibration* calibration) { observer_ = calibration; }
 
   static uint64_t kv_cache_bytes(const ModelSpec& spec, const ForwardLimits& limits);
   static uint64_t activation_bytes(const ModelSpec& spec, const ForwardLimits& limits);
@@ -90,8 +94,11 @@ class Forward {
   // How the inputs of a matrix are quantized, if they are, and where the normed ones lie.
   Quantize quantize(const Linear& reader, const Buffer& row_scales) const;
   char* input_of(const Linear& reader) const;
+  void observe(const void* x, uint32_t rows, uint32_t width, Magnitudes Calibration::Layer::*what, uint32_t layer);
   void gemm(const void* x, Quantize x_scale, const Linear& w, void* out, uint32_t tokens, uint32_t capacity);
   void keep_hidden(std::vector<std::vector<float>>* hidden, uint32_t tokens);
+  void observe_last(uint32_t tokens);
+  void norm_last(uint32_t tokens);
   void replace_last_hidden(std::vector<std::vector<float>>& hidden, uint32_t tokens);
   void logits(const BatchPlan& plan);
   void sample(const SampleTask* tasks, const Adjustment* adjustments, uint32_t first, uint32_t count, uint32_t max_top);
@@ -106,6 +113,7 @@ class Forward {
   Buffer table_memory_;
   Tables tables_{};
   uint32_t* last_tokens_ = nullptr;
+  const Calibration* observer_ = nullptr;
   Activations act_;
   std::vector<KvBuffers> kv_;
   std::vector<CapturedPass> captured_;  // the smallest first; destroyed before what they point to

@@ -51,8 +51,8 @@ struct TensorSlot {
 std::vector<TensorSlot> tensor_table(const ModelSpec& spec);
 
 // "language_model.model.x", "model.language_model.x" -> "model.x"; nullopt for tensors of a vision tower or
-// projector, which text generation leaves aside. "….k_proj.k_scale" and "….k_proj.output_scale" -> "….k_scale". Any other
-// name comes back as it is.
+// projector, which text generation leaves aside. "….k_proj.k_scale" and "….k_proj.output_scale" -> "….k_scale". Any
+// other name comes back as it is.
 std::optional<std::string> canonical_tensor_name(std::string_view name);
 
 }  // namespace gemma_cuda

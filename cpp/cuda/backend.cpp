@@ -220,6 +220,8 @@ class CudaBackend final : public Backend {
     on_device([&] { cuda::geglu(args, stream()); });
   }
   void quantize(const QuantizeArgs&) override { throw Error::device("FP8 is not there yet on CUDA"); }
+  void observe(const ObserveArgs&) override { throw Error::device("calibration is not there yet on CUDA"); }
+  void observe_cache(const ObserveCacheArgs&) override { throw Error::device("calibration is not there yet on CUDA"); }
   void soft_cap(const SoftCapArgs& args) override {
     on_device([&] { cuda::soft_cap(args, stream()); });
   }

@@ -162,6 +162,32 @@ struct SoftCapArgs {
   float cap;
 };
 
+// What is gathered of magnitudes, without forgetting any: the largest, and how many there are in each of the bins that
+// the upper bits of float32 make, sixteen of them from one power of two to the next. Counts add up and maxima do not
+// depend on the order, so neither do the scales that calibration makes of them. NaN and infinity are in the last bins.
+constexpr uint32_t kMagnitudeBins = 4096;
+constexpr uint32_t magnitude_bin(uint32_t float_bits) { return (float_bits & 0x7FFFFFFF) >> 19; }
+struct Magnitudes {
+  float* largest;    // [groups], of those that are finite
+  uint64_t* counts;  // [groups][kMagnitudeBins]
+};
+
+// Adds the elements of x to what was gathered, the columns in as many groups as there are.
+struct ObserveArgs {
+  const void* x;  // [rows, width] act
+  uint32_t rows, width;
+  uint32_t groups = 1;  // divides width
+  Magnitudes to;
+};
+
+// Adds the keys and values of these tokens, a group for each K/V head. The cache is not in FP8.
+struct ObserveCacheArgs {
+  KvLayer cache;
+  const uint32_t* slots;  // [tokens], as for RopeArgs
+  uint32_t tokens;
+  Magnitudes keys, values;
+};
+
 // Each task's result, kept as number first, first + 1, ... of the step's; a token that is picked also goes to
 // last_tokens[its slot]. Tasks without a row come last and have no result.
 struct SampleArgs {
@@ -241,6 +267,8 @@ class Backend {
   virtual void geglu(const GegluArgs& args) = 0;
   virtual void soft_cap(const SoftCapArgs& args) = 0;
   virtual void quantize(const QuantizeArgs& args) = 0;
+  virtual void observe(const ObserveArgs& args) = 0;
+  virtual void observe_cache(const ObserveCacheArgs& args) = 0;
 
   virtual void sample(const SampleArgs& args) = 0;
 

@@ -3,12 +3,15 @@
 #include "ops/backend.h"
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <fstream>
+#include <limits>
 #include <new>
 #include <string>
 #include <utility>
@@ -49,6 +52,16 @@ std::optional<uint64_t> available_memory() {
     if (std::sscanf(line.c_str(), "MemAvailable: %llu kB", &kib) == 1) return uint64_t{kib} * 1024;
   }
   return std::nullopt;
+}
+
+// One group's magnitudes; by one thread.
+template <class T>
+void gather(const T* x, size_t count, float& largest, uint64_t* counts) {
+  for (size_t i = 0; i < count; ++i) {
+    const float magnitude = std::abs(to_float(x[i]));
+    ++counts[magnitude_bin(std::bit_cast<uint32_t>(magnitude))];
+    if (magnitude <= std::numeric_limits<float>::max()) largest = std::max(largest, magnitude);
+  }
 }
 
 class ReferenceBackend final : public Backend {
@@ -184,6 +197,27 @@ class ReferenceBackend final : public Backend {
     pool_.run(args.rows, [&](uint32_t row) { kernels_.quantize_row(args, row); });
   }
 
+  void observe(const ObserveArgs& args) override {
+    const uint32_t width = args.width / args.groups;
+    pool_.run(args.groups, [&](uint32_t group) {
+      for (uint32_t row = 0; row < args.rows; ++row)
+        gather_at(args.x, size_t{row} * args.width + size_t{group} * width, width, args.to, group);
+    });
+  }
+  void observe_cache(const ObserveCacheArgs& args) override {
+    const KvLayer& cache = args.cache;
+    pool_.run(cache.kv_heads, [&](uint32_t head) {
+      for (uint32_t token = 0; token < args.tokens; ++token) {
+        const uint32_t slot = args.slots[token];
+        if (slot == kNoSlot) continue;
+        const size_t row = (size_t{slot / cache.page_size} * cache.kv_heads + head) * cache.page_size;
+        const size_t at = (row + slot % cache.page_size) * cache.head_dim;
+        gather_at(cache.keys, at, cache.head_dim, args.keys, head);
+        gather_at(cache.values, at, cache.head_dim, args.values, head);
+      }
+    });
+  }
+
   void soft_cap(const SoftCapArgs& args) override {
     in_pieces(size_t{args.rows} * args.cols, 1u << 15,
               [&](size_t begin, size_t end) { kernels_.soft_cap(args.x + begin, end - begin, args.cap); });
@@ -210,6 +244,15 @@ class ReferenceBackend final : public Backend {
   }
 
  private:
+  // `count` elements of x from `at` on.
+  void gather_at(const void* x, size_t at, size_t count, const Magnitudes& to, uint32_t group) {
+    uint64_t* counts = to.counts + size_t{group} * kMagnitudeBins;
+    if (act_ == DType::bf16)
+      gather(static_cast<const bf16*>(x) + at, count, to.largest[group], counts);
+    else
+      gather(static_cast<const float*>(x) + at, count, to.largest[group], counts);
+  }
+
   static constexpr size_t kAlignment = 64;
 
   template <class F>

@@ -1,6 +1,7 @@
 // The engine on random models: however the work is cut - whole, in chunks, ragged beside others, with any page size,
 // on pages taken over from another sequence - the logits are the same, bit for bit; and bad calls change nothing.
 #include <algorithm>
+#include <bit>
 
 #include "check.h"
 #include "core/engine.h"
@@ -207,6 +208,61 @@ void fp8_weights_mean_the_same_however_they_come() {
     const double error = test::relative_error(got, std::vector<double>(want.begin(), want.end()));
     CHECK(error > 1e-4 && error < 0.5);  // random weights are far less forgiving than trained ones
   }
+}
+
+// Each element of every activation is counted once, and how the tokens came into steps changes nothing.
+void calibration_does_not_depend_on_the_batch() {
+  const ModelSpec spec = random_model(3);
+  const Parameters parameters = random_parameters(spec);
+  std::vector<std::vector<uint32_t>> prompts;
+  uint64_t tokens = 0;
+  for (uint32_t length : {40u, 1u, 13u}) {
+    prompts.push_back(random_tokens(spec, length));
+    tokens += length;
+  }
+  EngineOptions options;
+  options.prefix_cache = false;
+  const auto gather = [&](auto feed) {
+    const auto engine = make_engine(spec, parameters, options);
+    whole(*engine, prompts[0]);  // before calibration: not counted
+    engine->start_calibration();
+    feed(*engine);
+    return engine->calibration();
+  };
+  const std::vector<Observation> one = gather([&](Engine& engine) {
+    for (const auto& prompt : prompts) whole(engine, prompt);
+  });
+  CHECK(one.size() == 6 * spec.layers.size() + 1);
+  for (const Observation& observation : one) {
+    const bool cache = observation.name.find("self_attn.k_") != std::string::npos ||
+                       observation.name.find("self_attn.v_") != std::string::npos;
+    uint64_t counted = 0;
+    for (uint64_t count : observation.counts) counted += count;
+    const uint32_t layer = observation.name.starts_with("lm_head") ? 0 : uint32_t(observation.name[13] - '0');
+    const LayerSpec& shape = spec.layers[layer];
+    const uint64_t width = cache                                                     ? shape.kv_width()
+                           : observation.name.find("o_proj") != std::string::npos    ? shape.q_width()
+                           : observation.name.find("down_proj") != std::string::npos ? spec.ffn_size
+                                                                                     : spec.hidden_size;
+    CHECK(observation.largest.size() == (cache ? shape.kv_heads : 1) && counted == tokens * width);
+    for (size_t group = 0; group < observation.largest.size(); ++group) {
+      const auto own = std::span(observation.counts).subspan(group * 4096, 4096);
+      const uint32_t bin = std::bit_cast<uint32_t>(observation.largest[group]) >> 19;
+      CHECK(own[bin] > 0 && std::ranges::all_of(own.subspan(bin + 1), [](uint64_t n) { return n == 0; }));
+    }
+  }
+  const auto same = [&](const std::vector<Observation>& other) {
+    return std::ranges::equal(one, other, [](const Observation& a, const Observation& b) {
+      return a.name == b.name && a.largest == b.largest && a.counts == b.counts;
+    });
+  };
+  CHECK(same(gather([&](Engine& engine) { ragged(engine, prompts); })));
+  CHECK(same(gather([&](Engine& engine) {
+    for (auto prompt = prompts.rbegin(); prompt != prompts.rend(); ++prompt) chunked(engine, *prompt, 3);
+  })));
+  test::check_throws("is in FP8 already", [&] {
+    make_engine(in_fp8(spec, Scheme::fp8_dynamic, false, false), random_parameters(spec), options)->start_calibration();
+  });
 }
 
 void scales_that_cannot_be_are_refused() {
@@ -599,6 +655,7 @@ int main() {
     }
   fp8_weights_mean_the_same_however_they_come();
   scales_that_cannot_be_are_refused();
+  calibration_does_not_depend_on_the_batch();
   long_passes_have_the_results_of_short_ones();
   a_reused_prefix_changes_nothing();
   scores_and_samples_agree_with_logits();

@@ -58,6 +58,8 @@ class FaultyBackend final : public Backend {
   void geglu(const GegluArgs& args) override { real_->geglu(args); }
   void soft_cap(const SoftCapArgs& args) override { real_->soft_cap(args); }
   void quantize(const QuantizeArgs& args) override { real_->quantize(args); }
+  void observe(const ObserveArgs& args) override { real_->observe(args); }
+  void observe_cache(const ObserveCacheArgs& args) override { real_->observe_cache(args); }
   void sample(const SampleArgs& args) override { real_->sample(args); }
   void start_results(uint32_t count, uint32_t max_top) override { real_->start_results(count, max_top); }
   std::vector<std::optional<ScoredToken>> finish_results() override {

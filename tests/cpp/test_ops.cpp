@@ -297,7 +297,7 @@ struct Coded {
 // Within half a unit in the last place of FP8, and of what float32 or bf16 lose before it.
 bool rounds_to(e4m3 got, double want, double slack) {
   const double error = std::abs(to_float(got) - std::clamp(want, -448.0, 448.0));
-  return error <= std::max(std::abs(want) * (0x1p-4 + slack), 0x1p-10) * 1.001;
+  return error <= std::max(std::abs(want) * (0x1p-4 + slack), 0x1p-10) * 1.001 + 1e-4;  // sums that nearly cancel
 }
 
 void quantize(Backend& backend) {
@@ -455,15 +455,7 @@ void fp8_cache(Backend& backend, Backend& exact, DType act, Scene scene) {
   args.q = queries.data(), args.cache = wide_cache, args.out = want.data(), args.quantize = {};
   exact.attention(args);
   CHECK(test::relative_error(out.values(), vector<double>(want.wide.begin(), want.wide.end())) < limit(act));
-  // Where sums nearly cancel they lose more than a rounding is worth, so some codes may be the next one.
-  size_t equal = 0;
-  vector<float> meant;
-  for (size_t i = 0; i < quantized.size(); ++i) {
-    equal += quantized[i].bits == to_e4m3(want.wide[i] / scale).bits;
-    meant.push_back(to_float(quantized[i]) * scale);
-  }
-  CHECK(equal >= quantized.size() - std::max<size_t>(3, quantized.size() / 50));
-  CHECK(test::relative_error(meant, vector<double>(want.wide.begin(), want.wide.end())) < 0.05);
+  for (size_t i = 0; i < quantized.size(); ++i) CHECK(rounds_to(quantized[i], double(want.wide[i]) / scale, 1e-4));
 }
 
 void soft_cap(Backend& backend) {
