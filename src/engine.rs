@@ -9,8 +9,8 @@ use crate::error::Result;
 use crate::options::bytes_text;
 
 pub use crate::bridge::ffi::{
-    DType, EngineOptions, EngineStatistics, ItemOutput, LayerSpec, MemoryBudget, ModelSpec, Observation, SamplingConfig, Scheme,
-    ScoredToken, SequenceState, StepItem, TensorSlot, TokenBias, TokenLogprob,
+    DType, EngineOptions, EngineStatistics, ItemOutput, LayerSpec, MemoryBudget, ModelSpec, Observation,
+    SamplingConfig, Scheme, ScoredToken, SequenceState, StepItem, TensorSlot, TokenBias, TokenLogprob,
 };
 
 impl Default for EngineOptions {

@@ -17,10 +17,11 @@
 //!
 //! Below it lie [`engine`], the step function for those who schedule on their own, and [`checkpoint`], which reads
 //! configs, tensors, tokenizers and chat templates. [`verify`](mod@verify) holds an engine against golden values of
-//! another implementation, [`eval`](mod@eval) measures perplexity.
+//! another implementation, [`eval`](mod@eval) measures perplexity, [`calibrate`] makes FP8 checkpoints.
 #![deny(unsafe_code)]
 
 mod bridge;
+pub mod calibrate;
 pub mod checkpoint;
 pub mod engine;
 mod error;

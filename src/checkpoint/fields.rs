@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 
 /// Reads a JSON file whose top level is an object.
-pub(super) fn read_object(path: &Path) -> Result<Map<String, Value>> {
+pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>> {
     let bytes = std::fs::read(path).map_err(|source| Error::io(path, source))?;
     let value: Value =
         serde_json::from_slice(&bytes).map_err(|error| Error::config(path, format!("not valid JSON: {error}")))?;

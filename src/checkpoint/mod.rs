@@ -14,7 +14,9 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 
+pub(crate) use fields::read_object;
 pub use generation_config::GenerationConfig;
+pub(crate) use quantization::WrittenQuantization;
 pub use shapes::named_shape;
 pub use template::{ChatTemplate, Message};
 pub use tokenizer::{IncrementalDecoder, Tokenizer};
@@ -41,6 +43,18 @@ pub struct Tensor<'a> {
     name: &'a str,
     stored: &'a Stored,
     bytes: &'a [u8],
+}
+
+/// Any tensor of the files, be it the model's or not.
+pub(crate) struct StoredTensor<'a> {
+    pub name: &'a str,
+    /// The model's name for it.
+    pub canonical: Option<&'a str>,
+    /// Of the model's tensors.
+    pub dtype: DType,
+    pub file_dtype: ::safetensors::Dtype,
+    pub shape: &'a [u64],
+    pub bytes: &'a [u8],
 }
 
 impl<'a> Tensor<'a> {
@@ -128,6 +142,18 @@ impl Checkpoint {
         self.files.tensors.iter().filter_map(|stored| {
             let name = stored.canonical.as_deref()?;
             Some(Tensor { name, stored, bytes: self.files.bytes(stored) })
+        })
+    }
+
+    /// Everything in the files, in their order.
+    pub(crate) fn stored(&self) -> impl Iterator<Item = StoredTensor<'_>> {
+        self.files.tensors.iter().map(|stored| StoredTensor {
+            name: &stored.name,
+            canonical: stored.canonical.as_deref(),
+            dtype: stored.dtype,
+            file_dtype: stored.file_dtype,
+            shape: &stored.shape,
+            bytes: self.files.bytes(stored),
         })
     }
 

@@ -227,19 +227,20 @@ fn require_fp8(fields: Fields, what: &str, strategies: &[&str]) -> Result<()> {
     }
 }
 
-/// What [`Quantization::parse`] reads as `config.json`'s `quantization_config`.
+/// What [`Quantization::parse`] reads, for `config.json`'s `quantization_config`.
 #[derive(Clone, Debug)]
-pub(crate) struct Written {
+pub(crate) struct WrittenQuantization {
     /// Modules that stay as they are.
     pub ignore: Vec<String>,
     /// Static scales for inputs, found by calibration, or one for each token.
     pub static_inputs: bool,
     /// A scale for each row of a matrix, or one for all.
     pub by_row: bool,
-    pub fp8_cache: bool,
+    /// What keys and values have a scale for, if they are FP8: `tensor` or `attn_head`.
+    pub cache: Option<&'static str>,
 }
 
-impl Written {
+impl WrittenQuantization {
     pub fn to_json(&self) -> Value {
         let args = |strategy: &str, dynamic: bool| serde_json::json!({"num_bits": 8, "type": "float", "symmetric": true, "strategy": strategy, "dynamic": dynamic});
         let mut out = Map::new();
@@ -256,7 +257,7 @@ impl Written {
                 "output_activations": null,
             }}),
         );
-        out.insert("kv_cache_scheme".into(), if self.fp8_cache { args("attn_head", false) } else { Value::Null });
+        out.insert("kv_cache_scheme".into(), self.cache.map_or(Value::Null, |by| args(by, false)));
         out.insert("ignore".into(), self.ignore.clone().into());
         Value::Object(out)
     }
@@ -335,15 +336,15 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        for (static_inputs, by_row, fp8_cache) in [(true, false, true), (false, true, false)] {
+        for (static_inputs, by_row, cache) in [(true, false, Some("attn_head")), (false, true, None)] {
             let ignore = vec!["lm_head".into(), "model.layers.1.mlp.down_proj".into()];
-            let spec = applied(&Written { ignore, static_inputs, by_row, fp8_cache }.to_json(), false);
+            let spec = applied(&WrittenQuantization { ignore, static_inputs, by_row, cache }.to_json(), false);
             let scheme = if static_inputs { Scheme::Fp8Static } else { Scheme::Fp8Dynamic };
             assert_eq!(
                 (spec.layers[0].down, spec.layers[1].down, spec.lm_head),
                 (scheme, Scheme::Plain, Scheme::Plain)
             );
-            assert_eq!((spec.layers[1].gate_up, spec.layers[1].fp8_cache), (scheme, fp8_cache));
+            assert_eq!((spec.layers[1].gate_up, spec.layers[1].fp8_cache), (scheme, cache.is_some()));
         }
     }
 

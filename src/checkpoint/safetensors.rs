@@ -25,6 +25,8 @@ pub(super) struct Stored {
     /// The name in the model, `None` for tensors that text generation leaves aside.
     pub canonical: Option<String>,
     pub dtype: DType,
+    /// As the file says, of whatever type.
+    pub file_dtype: Dtype,
     pub shape: Vec<u64>,
     file: usize,
     bytes: Range<usize>,
@@ -92,6 +94,7 @@ impl Files {
             self.tensors.push(Stored {
                 canonical,
                 dtype,
+                file_dtype: info.dtype,
                 shape: info.shape.iter().map(|&extent| extent as u64).collect(),
                 file,
                 bytes: start + info.data_offsets.0..start + info.data_offsets.1,

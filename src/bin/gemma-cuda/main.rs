@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod calibrate;
 mod chat;
 mod eval;
 mod exit;
@@ -32,6 +33,7 @@ Examples:
   gemma-cuda generate --model gemma-3-1b-it --chat --prompt 'Why is the sky blue?'
   gemma-cuda chat --model gemma-3-1b-it
   gemma-cuda inspect --model gemma-3-1b-it --check
+  gemma-cuda calibrate --model gemma-3-270m --text wiki.txt --out gemma-3-270m-fp8
   gemma-cuda eval --model gemma-3-270m --file wiki.txt
   gemma-cuda bench --random gemma-7b --workload seed
   gemma-cuda verify --model gemma-3-270m --golden golden.safetensors --dtype f32 --max-abs 1e-3
@@ -56,6 +58,8 @@ enum Command {
     Chat(chat::Args),
     /// Say what a checkpoint holds and how much memory it needs
     Inspect(inspect::Args),
+    /// Make an FP8 checkpoint, with scales from a text
+    Calibrate(calibrate::Args),
     /// Measure how well a model predicts a text
     Eval(eval::Args),
     /// Measure speed on fixed workloads
@@ -70,6 +74,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Calibrate(args) => calibrate::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Verify(args) => verify::run(args),

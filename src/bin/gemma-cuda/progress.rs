@@ -9,6 +9,10 @@ pub fn loading() -> ProgressBar {
     bar("loading {bar:40} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}")
 }
 
+pub fn writing() -> ProgressBar {
+    bar("writing {bar:40} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}")
+}
+
 pub fn tokens() -> ProgressBar {
     bar("{bar:40} {human_pos}/{human_len} tokens, {per_sec}, {eta} left")
 }
