@@ -165,10 +165,11 @@ class ReferenceBackend final : public Backend {
 
   void gemm(const GemmArgs& args) override {
     // Enough pieces that no thread waits long for another, each wide enough for the kernel's blocks.
-    constexpr uint32_t kBlock = 32;
-    const uint32_t piece = std::max(kBlock, args.w.rows / (pool_.threads() * 8) / kBlock * kBlock);
+    const uint32_t piece = std::max(kGemmBlock, args.w.rows / (pool_.threads() * 8) / kGemmBlock * kGemmBlock);
     in_pieces(args.w.rows, piece, [&](size_t begin, size_t end) {
-      kernels_.gemm(args, act_, static_cast<uint32_t>(begin), static_cast<uint32_t>(end));
+      thread_local std::vector<bf16> scratch;
+      if (args.w.dtype == DType::e4m3) scratch.resize(size_t{args.tokens + kGemmBlock} * args.w.cols);
+      kernels_.gemm(args, act_, static_cast<uint32_t>(begin), static_cast<uint32_t>(end), scratch.data());
     });
   }
 

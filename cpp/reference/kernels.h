@@ -7,13 +7,16 @@
 #include <span>
 
 #include "ops/backend.h"
+#include "ops/convert.h"
 
 namespace gemma_cuda::reference {
 
+constexpr uint32_t kGemmBlock = 32;  // columns
+
 struct Kernels {
   const char* name;
-  // Columns [begin, end) of out, for every row.
-  void (*gemm)(const GemmArgs& args, DType act, uint32_t begin, uint32_t end);
+  // Columns [begin, end) of out, for every row. For FP8, `scratch` has room for [tokens + kGemmBlock, k].
+  void (*gemm)(const GemmArgs& args, DType act, uint32_t begin, uint32_t end, bf16* scratch);
   void (*norm_row)(const NormArgs& args, DType act, uint32_t row);
   void (*rope_row)(const RopeArgs& args, DType act, uint32_t row);
   // One head of one new token, which sees positions [first, last]; `scores` has room for one float a position and 4.

@@ -240,43 +240,72 @@ void quantize_row(const QuantizeArgs& args, uint32_t row) {
   args.dtype == DType::f32 ? write(static_cast<const float*>(args.x)) : write(static_cast<const bf16*>(args.x));
 }
 
-// M rows of out, columns [begin, end).
+// M rows of out, columns [begin, end). `x` is the first of all rows, `w` that of column `begin`.
 template <int M, class X, class W, class Out>
-inline void gemm_rows(const GemmArgs& args, uint32_t row, uint32_t begin, uint32_t end) {
+inline void gemm_rows(const GemmArgs& args, const X* all_x, const W* all_w, uint32_t row, uint32_t begin,
+                      uint32_t end) {
   const uint32_t k = args.w.cols, n = args.w.rows;
   const X* x[M];
-  for (int m = 0; m < M; ++m) x[m] = static_cast<const X*>(args.x) + size_t{row + m} * k;
-  const W* weights = static_cast<const W*>(args.w.data);
+  for (int m = 0; m < M; ++m) x[m] = all_x + size_t{row + m} * k;
   for (uint32_t column = begin; column < end; column += 4) {
     const W* w[4];  // past the end the last row again: computed, not stored
-    for (uint32_t j = 0; j < 4; ++j) w[j] = weights + size_t{min2(column + j, end - 1)} * k;
+    for (uint32_t j = 0; j < 4; ++j) w[j] = all_w + size_t{min2(column + j, end - 1) - begin} * k;
     v4 sums[M];
     tile<M>(x, w, k, sums);
     for (int m = 0; m < M; ++m)
       for (uint32_t j = 0; j < min2(4u, end - column); ++j) {
         float sum = sums[m][j];
-        if constexpr (sizeof(W) == 1) sum *= scale_of(args.x_scale, row + m) * args.w.scales[column + j];
+        if (args.w.scales) sum *= scale_of(args.x_scale, row + m) * args.w.scales[column + j];
         static_cast<Out*>(args.out)[size_t{row + m} * n + column + j] = from_float<Out>(sum);
       }
   }
 }
 
-// Blocks of columns stay in the second-level cache while the rows pass, four at a time.
-template <class X, class W, class Out>
-inline void gemm_typed(const GemmArgs& args, uint32_t begin, uint32_t end) {
-  constexpr uint32_t kBlock = 32;
-  for (uint32_t column = begin; column < end; column += kBlock) {
-    const uint32_t stop = min2(column + kBlock, end);
+// Blocks of columns stay in the second-level cache while the rows pass, four at a time. `block(column, count)` is where
+// the rows of w for these columns are.
+template <class X, class Out, class F>
+inline void gemm_blocks(const GemmArgs& args, const X* x, uint32_t begin, uint32_t end, F block) {
+  for (uint32_t column = begin; column < end; column += kGemmBlock) {
+    const uint32_t stop = min2(column + kGemmBlock, end);
+    const auto* w = block(column, stop - column);
     uint32_t row = 0;
-    for (; row + 4 <= args.tokens; row += 4) gemm_rows<4, X, W, Out>(args, row, column, stop);
-    for (; row < args.tokens; ++row) gemm_rows<1, X, W, Out>(args, row, column, stop);
+    for (; row + 4 <= args.tokens; row += 4)
+      gemm_rows<4, X, std::remove_cvref_t<decltype(*w)>, Out>(args, x, w, row, column, stop);
+    for (; row < args.tokens; ++row)
+      gemm_rows<1, X, std::remove_cvref_t<decltype(*w)>, Out>(args, x, w, row, column, stop);
   }
 }
 
-void gemm(const GemmArgs& args, DType act, uint32_t begin, uint32_t end) {
+template <class X, class W, class Out>
+inline void gemm_typed(const GemmArgs& args, uint32_t begin, uint32_t end) {
+  const W* w = static_cast<const W*>(args.w.data);
+  gemm_blocks<X, Out>(args, static_cast<const X*>(args.x), begin, end,
+                      [&](uint32_t column, uint32_t) { return w + size_t{column} * args.w.cols; });
+}
+
+inline void widen(const e4m3* from, bf16* to, size_t count) {
+  size_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = from_float<bf16>(to_float(from[i]));
+}
+
+// bf16 holds all of E4M3: x is widened once, w block by block, into `scratch`, [tokens + kGemmBlock, k].
+template <class Out>
+inline void gemm_fp8(const GemmArgs& args, uint32_t begin, uint32_t end, bf16* scratch) {
+  const size_t k = args.w.cols;
+  const e4m3* w = static_cast<const e4m3*>(args.w.data);
+  bf16* block = scratch + args.tokens * k;
+  widen(static_cast<const e4m3*>(args.x), scratch, args.tokens * k);
+  gemm_blocks<bf16, Out>(args, scratch, begin, end, [&](uint32_t column, uint32_t count) {
+    widen(w + column * k, block, count * k);
+    return static_cast<const bf16*>(block);
+  });
+}
+
+void gemm(const GemmArgs& args, DType act, uint32_t begin, uint32_t end, bf16* scratch) {
   const bool f32_out = args.out_dtype == DType::f32, f32_w = args.w.dtype == DType::f32;
   if (args.w.dtype == DType::e4m3)
-    f32_out ? gemm_typed<e4m3, e4m3, float>(args, begin, end) : gemm_typed<e4m3, e4m3, bf16>(args, begin, end);
+    f32_out ? gemm_fp8<float>(args, begin, end, scratch) : gemm_fp8<bf16>(args, begin, end, scratch);
   else if (act == DType::bf16)
     f32_out ? gemm_typed<bf16, bf16, float>(args, begin, end) : gemm_typed<bf16, bf16, bf16>(args, begin, end);
   else

@@ -62,7 +62,7 @@ impl Distance {
 }
 
 #[derive(Clone, Debug, Default)]
-pub(super) struct LogitStats {
+pub(crate) struct LogitStats {
     distance: Distance,
     rows: usize,
     kl_sum: f64,

@@ -1,9 +1,13 @@
-//! Perplexity: how well a model predicts a text.
+//! Perplexity: how well a model predicts a text; and how far a quantized one is from the one it was made of.
+
+mod compare;
 
 use std::collections::VecDeque;
 use std::time::Instant;
 
 use serde::Serialize;
+
+pub use compare::{Quality, compare};
 
 use crate::{Error, Gemma, Generation, Prompt, Result};
 
