@@ -339,3 +339,37 @@ fn bench_draws_charts_and_prints_a_table() {
     let no_shape = ["bench", "--device", "reference", "--random", "gemma-8b", "--workload", "single"];
     assert_refused(&run(&no_shape), "gemma-8b");
 }
+
+#[test]
+fn a_checkpoint_is_calibrated_and_compared() {
+    let source = support::model_with_text();
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (text, out, chart) = (path("text.txt"), path("fp8"), path("amax.svg"));
+    std::fs::write(&text, "It was the best of times, it was the worst of times. ".repeat(8)).unwrap();
+    let model = source.path().to_str().unwrap();
+    let model = ["--device", "reference", "--model", model];
+    let args = ["calibrate", "--text", &text, "--window", "32", "--cache", "fp8", "--json", "--chart", &chart];
+    let rows = json_lines(&run(&[&args[..], &["--out", &out], &model].concat()));
+    assert!(
+        rows.iter()
+            .any(|row| row["tensor"] == "model.layers.0.self_attn.k_scale" && row["largest"].as_f64() > Some(0.0))
+    );
+    assert!(std::fs::read_to_string(&chart).unwrap().contains("<polyline"));
+
+    let inspected = json_lines(&run(&["inspect", "--json", "--check", "--model", &out]));
+    assert!(inspected[0]["stored_bytes"]["e4m3"].as_u64() > Some(0), "{}", inspected[0]);
+    let compared =
+        json_lines(&run(
+            &[&["eval", "--json", "--file", &text, "--window", "32", "--compare", &out], &model[..]].concat()
+        ));
+    assert_eq!((compared.len(), compared[0]["top1"].as_f64()), (2, Some(1.0)));
+    assert!(compared[1]["mean_kl"].as_f64() > Some(0.0));
+
+    assert_refused(&run(&[&["calibrate", "--text", &text, "--out", &out], &model[..]].concat()), "is there already");
+    let other = path("other");
+    assert_refused(&run(&[&["calibrate", "--out", &other], &model[..]].concat()), "--text is missing");
+    assert_refused(&run(&["calibrate", "--text", &text, "--out", &other, "--model", &out]), "is quantized already");
+    let method = run(&[&["calibrate", "--text", &text, "--out", &other, "--method", "max"], &model[..]].concat());
+    assert_refused(&method, "percentile=99.99");
+}

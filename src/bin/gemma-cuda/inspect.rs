@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use anyhow::Result;
 use gemma_cuda::checkpoint::Checkpoint;
-use gemma_cuda::engine::{EngineOptions, LayerSpec, MemoryBudget};
+use gemma_cuda::engine::{EngineOptions, LayerSpec, MemoryBudget, Scheme};
 use serde::Serialize;
 
 use crate::args::ModelArgs;
@@ -66,6 +66,8 @@ struct Layers {
     attention_soft_cap: f32,
     post_norms: bool,
     qk_norm: bool,
+    /// What is in FP8: matrices with how their inputs are scaled, and `cache` for keys and values.
+    fp8: Vec<String>,
 }
 
 /// Bytes.
@@ -102,7 +104,9 @@ fn summarize(checkpoint: &Checkpoint, options: &EngineOptions, budget: &MemoryBu
     let (mut tensors, mut parameters) = (0, 0);
     for tensor in checkpoint.tensors() {
         tensors += 1;
-        parameters += tensor.shape().iter().product::<u64>();
+        if !tensor.is_scale() {
+            parameters += tensor.shape().iter().product::<u64>();
+        }
         *stored_bytes.entry(format!("{:?}", tensor.dtype()).to_lowercase()).or_default() += tensor.bytes().len() as u64;
     }
     Summary {
@@ -153,8 +157,25 @@ fn group(layers: &[LayerSpec]) -> Vec<Layers> {
         attention_soft_cap: kind.attention_soft_cap,
         post_norms: kind.post_norms,
         qk_norm: kind.qk_norm,
+        fp8: fp8(kind),
     };
     kinds.into_iter().map(summary).collect()
+}
+
+fn fp8(layer: &LayerSpec) -> Vec<String> {
+    let matrices =
+        [("qkv", layer.qkv), ("attention_out", layer.attention_out), ("gate_up", layer.gate_up), ("down", layer.down)];
+    let named = matrices.iter().filter_map(|(name, scheme)| Some(format!("{name} {}", inputs(*scheme)?)));
+    named.chain(layer.fp8_cache.then(|| "cache".to_owned())).collect()
+}
+
+/// How the inputs of an FP8 matrix are scaled.
+fn inputs(scheme: Scheme) -> Option<&'static str> {
+    match scheme {
+        Scheme::Fp8Static => Some("static"),
+        Scheme::Fp8Dynamic => Some("dynamic"),
+        _ => None,
+    }
 }
 
 fn table(s: &Summary) -> Result<String> {
@@ -188,7 +209,7 @@ fn table(s: &Summary) -> Result<String> {
         };
         writeln!(
             out,
-            "  {:>3} x {window}: heads {}/{} of {}, rope {} / {}, scale {:.6}, {}, {norms}",
+            "  {:>3} x {window}: heads {}/{} of {}, rope {} / {}, scale {:.6}, {}, {norms}{}",
             kind.layers.len(),
             kind.heads,
             kind.kv_heads,
@@ -197,6 +218,7 @@ fn table(s: &Summary) -> Result<String> {
             kind.rope_factor,
             kind.attention_scale,
             cap(kind.attention_soft_cap),
+            if kind.fp8.is_empty() { String::new() } else { format!(", FP8: {}", kind.fp8.join(", ")) },
         )?;
     }
     let m = &s.memory;
