@@ -20,7 +20,7 @@
 //  8 tokens  28.7; 2.63        13.3; 1.89                   100.3; 3.01            53.8; 2.81
 // 64 tokens  29.4; 2.57        15.7; 1.61                   106.3; 2.84            57.2; 2.64
 // cuBLASLt's fastest at 64: 30.3, 12.6, 111.6, 60.0. The output of attention would be faster there, 0.3 % of a step; it
-// stays here, so that no result depends on the batch. Joining the tiles that are cut takes 1 to 4 us of each.
+// stays here, so that no row of a product depends on the batch. Joining the tiles that are cut takes 1 to 4 us of each.
 #include <cuda_bf16.h>
 
 #include <algorithm>
