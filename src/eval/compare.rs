@@ -5,7 +5,6 @@ use serde::Serialize;
 use crate::checkpoint::Checkpoint;
 use crate::engine::{Engine, SamplingConfig, StepItem};
 use crate::load;
-use crate::verify::LogitStats;
 use crate::{Error, KvCache, LoadOptions, Result};
 
 /// How well a model predicts a text, and how far its distributions are from the baseline's.
@@ -27,8 +26,16 @@ pub struct Quality {
 struct Model {
     engine: Engine,
     at_once: usize,
+    sums: Sums,
+}
+
+/// Added up over all tokens.
+#[derive(Clone, Copy, Default)]
+struct Sums {
     nll: f64,
-    stats: LogitStats,
+    kl: f64,
+    max_kl: f64,
+    agreeing: usize,
 }
 
 /// Runs `baseline` and `candidates` side by side over `tokens`, which do not begin with `bos`: in windows as
@@ -69,7 +76,7 @@ pub fn compare(
     let load = |checkpoint: &Checkpoint| -> Result<Model> {
         let loaded = load::load(checkpoint, &options, &mut |_| {})?;
         let at_once = loaded.options.max_batch_tokens.min(loaded.options.max_logit_rows) as usize;
-        Ok(Model { engine: loaded.engine, at_once, nll: 0.0, stats: LogitStats::default() })
+        Ok(Model { engine: loaded.engine, at_once, sums: Sums::default() })
     };
     let mut models = std::iter::once(baseline).chain(candidates).map(load).collect::<Result<Vec<_>>>()?;
     let mut done = 0;
@@ -80,7 +87,7 @@ pub fn compare(
             progress(done, tokens.len());
         })?;
     }
-    models.iter().map(|model| model.quality(tokens.len())).collect()
+    Ok(models.iter().map(|model| model.sums.quality(tokens.len())).collect())
 }
 
 /// All models over one window, the last token of which is only predicted.
@@ -96,16 +103,16 @@ fn run_window(models: &mut [Model], sequence: &[u32], vocab: usize, mut progress
         let mut golden = Vec::new();
         for (model, &id) in models.iter_mut().zip(&ids) {
             let item = StepItem { logits: true, ..StepItem::feed(id, now.len() as u32) };
-            let mut output = model.engine.step(&[item])?.remove(0);
+            let output = model.engine.step(&[item])?.remove(0);
             if !output.failure.is_empty() {
                 return Err(Error::Engine(output.failure));
             }
+            let rows: Vec<&[f32]> = output.logits.chunks_exact(vocab).collect();
             if golden.is_empty() {
-                golden = std::mem::take(&mut output.logits);
-                model.add(&golden, &golden, now, vocab);
-            } else {
-                model.add(&golden, &output.logits, now, vocab);
+                golden = in_parallel(&rows, |_, row| Distribution::of(row));
             }
+            let parts = in_parallel(&rows, |index, row| golden[index].sums(row, now[index]));
+            parts.iter().for_each(|part| model.sums.add(part));
         }
         progress(now.len());
         next = rest;
@@ -116,54 +123,108 @@ fn run_window(models: &mut [Model], sequence: &[u32], vocab: usize, mut progress
     Ok(())
 }
 
-impl Model {
-    /// Rows of logits, each for one of the tokens that came next.
-    fn add(&mut self, golden: &[f32], ours: &[f32], next: &[u32], vocab: usize) {
-        let rows: Vec<(&[f32], &[f32], u32)> = golden
-            .chunks_exact(vocab)
-            .zip(ours.chunks_exact(vocab))
-            .zip(next)
-            .map(|((golden, ours), &token)| (golden, ours, token))
-            .collect();
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let part = |rows: &[(&[f32], &[f32], u32)]| {
-            let (mut nll, mut stats) = (0.0, LogitStats::default());
-            for (golden, ours, token) in rows {
-                nll += negative_log_likelihood(ours, *token);
-                stats.add_row(golden, ours);
-            }
-            (nll, stats)
-        };
-        let parts: Vec<(f64, LogitStats)> = std::thread::scope(|scope| {
-            let running: Vec<_> =
-                rows.chunks(rows.len().div_ceil(threads).max(1)).map(|rows| scope.spawn(move || part(rows))).collect();
-            let join = |part: std::thread::ScopedJoinHandle<_>| {
-                part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            };
-            running.into_iter().map(join).collect()
-        });
-        for (nll, stats) in parts {
-            self.nll += nll;
-            self.stats.merge(&stats);
-        }
+impl Sums {
+    fn add(&mut self, more: &Sums) {
+        self.nll += more.nll;
+        self.kl += more.kl;
+        self.max_kl = self.max_kl.max(more.max_kl);
+        self.agreeing += more.agreeing;
     }
 
-    fn quality(&self, tokens: usize) -> Result<Quality> {
-        let error = self.stats.error().ok_or_else(|| Error::Engine("no row of logits was compared".into()))?;
-        Ok(Quality {
+    fn quality(&self, tokens: usize) -> Quality {
+        let count = tokens as f64;
+        Quality {
             tokens,
-            perplexity: (self.nll / tokens as f64).exp(),
-            mean_kl: error.mean_kl,
-            max_kl: error.max_kl,
-            top1: error.argmax_agreement,
-        })
+            perplexity: (self.nll / count).exp(),
+            mean_kl: self.kl / count,
+            max_kl: self.max_kl,
+            top1: self.agreeing as f64 / count,
+        }
     }
 }
 
-fn negative_log_likelihood(logits: &[f32], token: u32) -> f64 {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mass: f64 = logits.iter().map(|&x| f64::from((x - largest).exp())).sum();
-    mass.ln() + f64::from(largest) - f64::from(logits[token as usize])
+/// What the baseline expects to come next.
+struct Distribution {
+    logits: Vec<f32>,
+    probabilities: Vec<f32>,
+    /// Logarithm of the sum of the logits' exponentials.
+    norm: f64,
+    top: usize,
+}
+
+impl Distribution {
+    fn of(row: &[f32]) -> Self {
+        let norm = log_sum_exp(row);
+        let probabilities = row.iter().map(|&logit| (logit - norm as f32).exp()).collect();
+        Distribution { logits: row.to_vec(), probabilities, norm, top: first_largest(row) }
+    }
+
+    /// Of a row of logits for the same token, after which `next` came.
+    fn sums(&self, ours: &[f32], next: u32) -> Sums {
+        let norm = log_sum_exp(ours);
+        // The sum of p (ln p - ln q), where ln p and ln q are logits less their norms.
+        let shift = (self.norm - norm) as f32;
+        let terms = self.probabilities.iter().zip(self.logits.iter().zip(ours));
+        let kl = sum(terms.map(|(&p, (&golden, &ours))| p * (golden - ours - shift))).max(0.0); // rounding
+        let agreeing = usize::from(first_largest(ours) == self.top);
+        Sums { nll: norm - f64::from(ours[next as usize]), kl, max_kl: kl, agreeing }
+    }
+}
+
+fn log_sum_exp(row: &[f32]) -> f64 {
+    let largest = largest(row);
+    sum(row.iter().map(|&logit| (logit - largest).exp())).ln() + f64::from(largest)
+}
+
+/// Sixteen at a time, which a compiler can do at once.
+fn largest(row: &[f32]) -> f32 {
+    let (runs, rest) = row.as_chunks::<16>();
+    let mut best = [f32::NEG_INFINITY; 16];
+    for run in runs {
+        best.iter_mut().zip(run).for_each(|(best, &x)| *best = if x > *best { x } else { *best });
+    }
+    best.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+fn first_largest(row: &[f32]) -> usize {
+    let largest = largest(row);
+    row.iter().position(|&x| x == largest).unwrap_or(0)
+}
+
+/// Short sums in float32, added up in float64.
+fn sum(terms: impl Iterator<Item = f32>) -> f64 {
+    let (mut all, mut run, mut count) = (0.0, 0.0f32, 0);
+    for term in terms {
+        run += term;
+        count += 1;
+        if count == 256 {
+            all += f64::from(run);
+            (run, count) = (0.0, 0);
+        }
+    }
+    all + f64::from(run)
+}
+
+/// `work` on each item and its index, on all cores; the results in order.
+fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(usize, &T) -> R + Sync) -> Vec<R> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let size = items.len().div_ceil(threads).max(1);
+    let work = &work;
+    std::thread::scope(|scope| {
+        let parts: Vec<_> = items
+            .chunks(size)
+            .enumerate()
+            .map(|(part, items)| {
+                scope.spawn(move || {
+                    items.iter().enumerate().map(|(i, item)| work(part * size + i, item)).collect::<Vec<R>>()
+                })
+            })
+            .collect();
+        parts
+            .into_iter()
+            .flat_map(|part| part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    })
 }
 
 #[cfg(test)]
@@ -171,12 +232,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn likelihoods() {
-        let logits = [1.0f32, 3.0, -2.0];
-        let mass: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
-        for (token, &x) in logits.iter().enumerate() {
-            let wanted = mass.ln() - f64::from(x);
-            assert!((negative_log_likelihood(&logits, token as u32) - wanted).abs() < 1e-6);
-        }
+    fn known_distances() {
+        let (golden, ours) = ([0.0f32, 0.0], [3f32.ln(), 0.0]);
+        let found = Distribution::of(&golden).sums(&ours, 1);
+        let expected = 0.5 * (2.0f64 / 3.0).ln() + 0.5 * 2.0f64.ln(); // from (1/2, 1/2) to (3/4, 1/4)
+        assert!((found.kl - expected).abs() < 1e-6);
+        assert!((found.nll - 4f64.ln()).abs() < 1e-6);
+        assert_eq!(found.agreeing, 1); // the first of equal ones
+        let itself = Distribution::of(&ours).sums(&ours, 0);
+        assert!(itself.kl < 1e-7 && itself.agreeing == 1);
+    }
+
+    #[test]
+    fn long_rows() {
+        let row: Vec<f32> = (0..10_007).map(|i| (i * 7919 % 1000) as f32 / 100.0).collect();
+        let exact = row.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
+        assert!((log_sum_exp(&row) - exact).abs() < 1e-6);
+        assert_eq!(row[first_largest(&row)], 9.99);
+        let shifted: Vec<f32> = row.iter().map(|x| x + 3.0).collect(); // the same distribution
+        assert!(Distribution::of(&row).sums(&shifted, 0).kl < 1e-6);
     }
 }

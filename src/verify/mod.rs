@@ -22,7 +22,7 @@ pub use stats::{HiddenError, LogitError};
 
 use self::golden::Golden;
 use self::run::Runner;
-pub(crate) use self::stats::LogitStats;
+use self::stats::LogitStats;
 use crate::checkpoint::Checkpoint;
 use crate::load::{self, LoadProgress};
 use crate::options::KvCache;

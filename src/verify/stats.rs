@@ -62,7 +62,7 @@ impl Distance {
 }
 
 #[derive(Clone, Debug, Default)]
-pub(crate) struct LogitStats {
+pub(super) struct LogitStats {
     distance: Distance,
     rows: usize,
     kl_sum: f64,
