@@ -30,6 +30,7 @@ pub mod generate;
 mod load;
 mod model;
 mod options;
+mod parallel;
 pub mod verify;
 
 pub use error::{Error, Result};

@@ -115,15 +115,6 @@ fn e4m3_to_f32(code: u8) -> f32 {
 mod tests {
     use super::*;
 
-    fn magnitudes(values: &[f32]) -> Magnitudes {
-        let mut counts = vec![0; BINS];
-        for value in values {
-            counts[(value.abs().to_bits() >> 19) as usize] += 1;
-        }
-        let largest = values.iter().filter(|x| x.is_finite()).fold(0.0f32, |a, b| a.max(b.abs()));
-        Magnitudes { largest: vec![largest], counts }
-    }
-
     #[test]
     fn a_scale_is_what_bf16_holds_and_lets_nothing_saturate() {
         for limit in [1e-30f32, 0.1, 1.0, 448.0, 449.0, 1234.5, 3e38] {
@@ -140,16 +131,16 @@ mod tests {
     fn methods() {
         let mut values: Vec<f32> = (0..100_000).map(|i| (i % 1000) as f32 / 1000.0).collect();
         values.push(5000.0);
-        let found = magnitudes(&values);
+        let found = Magnitudes::of(&values);
         let scale = |method: Method| method.scale("x", &found, 0).unwrap();
         assert_eq!(scale(Method::Largest), scale_for(5000.0));
         assert!(scale(Method::Percentile(99.9)) <= scale_for(1.07));
         assert_eq!(scale(Method::One), 1.0);
         // One outlier costs more where it saturates than all others lose by the coarser scale.
         assert!(scale(Method::LeastSquares) > scale_for(4000.0));
-        let heavy = magnitudes(&values[..100_000]);
+        let heavy = Magnitudes::of(&values[..100_000]);
         assert!(Method::LeastSquares.scale("x", &heavy, 0).unwrap() <= scale_for(1.0));
-        let broken = magnitudes(&[1.0, f32::NAN]);
+        let broken = Magnitudes::of(&[1.0, f32::NAN]);
         assert!(
             Method::Largest.scale("layer.x", &broken, 0).unwrap_err().to_string().contains("layer.x: 1 activations")
         );

@@ -23,6 +23,17 @@ pub struct Magnitudes {
 }
 
 impl Magnitudes {
+    /// Of one group's elements.
+    #[cfg(test)]
+    pub(super) fn of(values: &[f32]) -> Self {
+        let mut counts = vec![0; BINS];
+        for value in values {
+            counts[(value.abs().to_bits() >> 19) as usize] += 1;
+        }
+        let largest = values.iter().filter(|x| x.is_finite()).fold(0.0f32, |a, b| a.max(b.abs()));
+        Magnitudes { largest: vec![largest], counts }
+    }
+
     /// The largest of each group.
     pub fn largest(&self) -> &[f32] {
         &self.largest
@@ -203,27 +214,18 @@ impl View for Part {
 mod tests {
     use super::*;
 
-    fn magnitudes(values: &[f32]) -> Magnitudes {
-        let mut counts = vec![0; BINS];
-        for value in values {
-            counts[(value.abs().to_bits() >> 19) as usize] += 1;
-        }
-        let largest = values.iter().filter(|x| x.is_finite()).fold(0.0f32, |a, b| a.max(b.abs()));
-        Magnitudes { largest: vec![largest], counts }
-    }
-
     #[test]
     fn percentiles_are_within_a_bin() {
         let values: Vec<f32> = (1..=1000).map(|i| i as f32).collect();
-        let found = magnitudes(&values);
+        let found = Magnitudes::of(&values);
         assert_eq!(found.percentile(100.0), 1000.0);
         for percent in [10.0, 50.0, 99.0] {
             let exact = 10.0 * percent as f32;
             let got = found.percentile(percent);
             assert!((exact..=exact * 1.07).contains(&got), "{percent} %: {got}");
         }
-        assert_eq!(magnitudes(&[0.0; 7]).percentile(99.0), 0.0);
-        assert_eq!(magnitudes(&[1.0, f32::NAN, f32::INFINITY]).not_finite(0), 2);
+        assert_eq!(Magnitudes::of(&[0.0; 7]).percentile(99.0), 0.0);
+        assert_eq!(Magnitudes::of(&[1.0, f32::NAN, f32::INFINITY]).not_finite(0), 2);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use super::statistics::Statistics;
 use crate::checkpoint::{Checkpoint, StoredTensor, WrittenQuantization, read_object};
 use crate::engine::{DType, quantize_e4m3};
 use crate::error::{Error, Result};
+use crate::parallel::in_parallel;
 
 /// How matrices and their inputs become FP8.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -486,7 +487,7 @@ fn row_maxima(stored: &StoredTensor) -> Result<Vec<f32>> {
             row.iter().map(|&element| value(element).abs()).fold(0.0f32, |a, b| if b > a || b.is_nan() { b } else { a })
         };
         let rows: Vec<&[[u8; N]]> = bytes.as_chunks::<N>().0.chunks(width).collect();
-        in_parallel(&rows, |rows| rows.iter().map(|row| largest(row)).collect())
+        in_parallel(&rows, |_, row| largest(row))
     }
     let width = (stored.shape[1] as usize).max(1);
     let maxima = match stored.dtype {
@@ -512,24 +513,8 @@ fn quantize(dtype: DType, bytes: &[u8], scales: &[f32]) -> Result<Vec<u8>> {
     } else {
         bytes.chunks(row_bytes.max(1)).zip(scales.chunks(1)).collect()
     };
-    let codes = in_parallel(&pieces, |pieces| {
-        pieces.iter().map(|(bytes, scales)| quantize_e4m3(dtype, bytes, scales)).collect()
-    });
+    let codes = in_parallel(&pieces, |_, (bytes, scales)| quantize_e4m3(dtype, bytes, scales));
     Ok(codes.into_iter().collect::<Result<Vec<Vec<u8>>>>()?.concat())
-}
-
-/// `work` on even parts of `items`, on all cores; the results in order.
-fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&[T]) -> Vec<R> + Sync) -> Vec<R> {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let work = &work;
-    std::thread::scope(|scope| {
-        let parts: Vec<_> =
-            items.chunks(items.len().div_ceil(threads).max(1)).map(|part| scope.spawn(move || work(part))).collect();
-        parts
-            .into_iter()
-            .flat_map(|part| part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect()
-    })
 }
 
 /// Tokenizer, templates, generation config, licenses: all but weights and what is written anew.

@@ -5,6 +5,7 @@ use serde::Serialize;
 use crate::checkpoint::Checkpoint;
 use crate::engine::{Engine, SamplingConfig, StepItem};
 use crate::load;
+use crate::parallel::in_parallel;
 use crate::{Error, KvCache, LoadOptions, Result};
 
 /// How well a model predicts a text, and how far its distributions are from the baseline's.
@@ -203,28 +204,6 @@ fn sum(terms: impl Iterator<Item = f32>) -> f64 {
         }
     }
     all + f64::from(run)
-}
-
-/// `work` on each item and its index, on all cores; the results in order.
-fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(usize, &T) -> R + Sync) -> Vec<R> {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let size = items.len().div_ceil(threads).max(1);
-    let work = &work;
-    std::thread::scope(|scope| {
-        let parts: Vec<_> = items
-            .chunks(size)
-            .enumerate()
-            .map(|(part, items)| {
-                scope.spawn(move || {
-                    items.iter().enumerate().map(|(i, item)| work(part * size + i, item)).collect::<Vec<R>>()
-                })
-            })
-            .collect();
-        parts
-            .into_iter()
-            .flat_map(|part| part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect()
-    })
 }
 
 #[cfg(test)]
