@@ -67,8 +67,4 @@ std::vector<Observation> Calibration::download() const {
   return out;
 }
 
-uint64_t Calibration::bytes(const ModelSpec& spec) {
-  return all_groups(spec) * (sizeof(float) + kMagnitudeBins * sizeof(uint64_t));
-}
-
 }  // namespace gemma_cuda

@@ -21,7 +21,6 @@ class Calibration {
   const Magnitudes& lm_head() const { return lm_head_; }
 
   std::vector<Observation> download() const;
-  static uint64_t bytes(const ModelSpec& spec);
 
  private:
   Backend& backend_;

@@ -32,7 +32,7 @@ uint64_t sample_table_bytes(const ModelSpec& spec, uint64_t rows) {
 }
 
 // The MLP takes so many tokens at a time: enough for the products to be at their full speed, while what lies between
-// them, five times as wide as a model's other activations, takes half the memory that a whole pass of 8192 would.
+// them, several times as wide as a model's other activations, takes half the memory that a whole pass of 8192 would.
 constexpr uint32_t kMlpTokens = 4096;
 
 // Where the parts of a block's own memory begin, in bytes, and where the last one ends.

@@ -2,8 +2,8 @@
 //!
 //! [`gather`] runs the model over sequences, with the very forward pass that generates, and counts the magnitudes of
 //! every matrix's inputs and of each K/V head's keys and values: the largest over all tokens, and how many there are of
-//! which size. [`write_checkpoint`] makes an FP8 checkpoint of that, in the form of compressed-tensors, which this crate,
-//! vLLM and transformers load.
+//! which size. [`write_checkpoint`] makes an FP8 checkpoint of that, in the form of compressed-tensors, which this crate
+//! and transformers load.
 
 mod gather;
 mod scales;

@@ -139,18 +139,34 @@ pub fn write_checkpoint(
 }
 
 /// One tensor of the new checkpoint.
-struct Output<'a> {
+struct Planned<'a> {
+    name: String,
     dtype: Dtype,
     shape: Vec<usize>,
     content: Content<'a>,
+}
+
+/// The same on its way to the file; FP8 is made when its turn comes.
+struct Output<'a> {
+    tensor: Planned<'a>,
     done: &'a RefCell<Done<'a>>,
 }
 
-#[derive(Clone)]
 enum Content<'a> {
     Copied(&'a [u8]),
     Quantized { dtype: DType, bytes: &'a [u8], scales: Arc<Vec<f32>> },
     Scales(Arc<Vec<f32>>),
+}
+
+impl Content<'_> {
+    /// Bytes in the file.
+    fn len(&self) -> usize {
+        match self {
+            Content::Copied(bytes) => bytes.len(),
+            Content::Scales(scales) => scales.len() * 4,
+            Content::Quantized { dtype, bytes, .. } => bytes.len() / size_of(*dtype),
+        }
+    }
 }
 
 /// How far writing has come, and what went wrong within it.
@@ -163,13 +179,13 @@ struct Done<'a> {
 
 impl View for Output<'_> {
     fn dtype(&self) -> Dtype {
-        self.dtype
+        self.tensor.dtype
     }
     fn shape(&self) -> &[usize] {
-        &self.shape
+        &self.tensor.shape
     }
     fn data(&self) -> Cow<'_, [u8]> {
-        let bytes = match &self.content {
+        let bytes = match &self.tensor.content {
             Content::Copied(bytes) => Cow::Borrowed(*bytes),
             Content::Scales(scales) => scales.iter().flat_map(|scale| scale.to_le_bytes()).collect::<Vec<u8>>().into(),
             Content::Quantized { dtype, bytes, scales } => match quantize(*dtype, bytes, scales) {
@@ -187,19 +203,8 @@ impl View for Output<'_> {
         bytes
     }
     fn data_len(&self) -> usize {
-        match &self.content {
-            Content::Copied(bytes) => bytes.len(),
-            Content::Scales(scales) => scales.len() * 4,
-            Content::Quantized { dtype, bytes, .. } => bytes.len() / size_of(*dtype),
-        }
+        self.tensor.content.len()
     }
-}
-
-struct Planned<'a> {
-    name: String,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    content: Content<'a>,
 }
 
 struct Plan<'a> {
@@ -237,16 +242,11 @@ impl<'a> Plan<'a> {
     fn write(self, checkpoint: &Checkpoint, dir: &Path, mut progress: impl FnMut(u64, u64)) -> Result<()> {
         copy_other_files(checkpoint.dir(), dir)?;
         write_json(&dir.join("config.json"), &Value::Object(self.config))?;
-        let bytes = |tensor: &Planned| match &tensor.content {
-            Content::Copied(bytes) => bytes.len(),
-            Content::Scales(scales) => scales.len() * 4,
-            Content::Quantized { dtype, bytes, .. } => bytes.len() / size_of(*dtype),
-        };
-        let total = self.tensors.iter().map(|tensor| bytes(tensor) as u64).sum();
+        let total = self.tensors.iter().map(|tensor| tensor.content.len() as u64).sum();
         let done = RefCell::new(Done { bytes: 0, total, progress: &mut progress, error: None });
         let mut shards: Vec<(usize, Vec<Planned>)> = Vec::new();
         for tensor in self.tensors {
-            let size = bytes(&tensor);
+            let size = tensor.content.len();
             match shards.last_mut() {
                 Some((used, shard)) if *used + size <= SHARD => {
                     *used += size;
@@ -263,9 +263,7 @@ impl<'a> Plan<'a> {
                 _ => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
             };
             index.extend(shard.iter().map(|tensor| (tensor.name.clone(), file.clone())));
-            let views = shard
-                .into_iter()
-                .map(|Planned { name, dtype, shape, content }| (name, Output { dtype, shape, content, done: &done }));
+            let views = shard.into_iter().map(|tensor| (tensor.name.clone(), Output { tensor, done: &done }));
             let path = dir.join(file);
             let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
             let failed = |error| match error {

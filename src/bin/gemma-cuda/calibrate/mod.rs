@@ -19,7 +19,7 @@ use crate::{output, progress};
 #[command(after_help = "\
 The model runs over the text in bf16, as it would to generate, and the magnitudes of all activations are counted. Scales
 follow from them, and the checkpoint is written with its matrices in FP8 (E4M3), as compressed-tensors, which this
-program, vLLM and transformers load.
+program and transformers load.
 
 Recipes:
   static   one scale a matrix and one for its inputs, which calibration finds; the fastest
