@@ -15,6 +15,9 @@ pub(crate) mod ffi {
         Fp8Static,
         /// In E4M3 with a scale for each row; its inputs too, each token with a scale of its own.
         Fp8Dynamic,
+        /// As [`Scheme::Plain`], and quantized anew for every product; its inputs as for [`Scheme::Fp8Static`]. No
+        /// checkpoint is like this: it shows what is gained by keeping weights in FP8.
+        Fp8Cast,
     }
 
     /// One decoder layer. Gemma 1, 2 and 3 differ only in these numbers.

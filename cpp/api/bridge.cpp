@@ -33,6 +33,7 @@ gemma_cuda::Scheme from_rust(Scheme scheme) {
     case Scheme::Plain: return gemma_cuda::Scheme::plain;
     case Scheme::Fp8Static: return gemma_cuda::Scheme::fp8_static;
     case Scheme::Fp8Dynamic: return gemma_cuda::Scheme::fp8_dynamic;
+    case Scheme::Fp8Cast: return gemma_cuda::Scheme::fp8_cast;
   }
   throw Error::invalid_argument("unknown scheme");
 }

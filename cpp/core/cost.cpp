@@ -8,7 +8,7 @@ CostModel::CostModel(const ModelSpec& spec, DType weights, DType act) {
   const uint64_t hidden = spec.hidden_size;
   auto add = [&](uint64_t& elements, uint64_t& bytes, Scheme scheme, uint64_t count) {
     elements += count;
-    bytes += count * size_of(scheme == Scheme::plain ? weights : DType::e4m3);
+    bytes += count * size_of(kept_in_fp8(scheme) ? DType::e4m3 : weights);
   };
   for (const LayerSpec& layer : spec.layers) {
     add(layers_, layer_bytes_, layer.qkv, hidden * layer.qkv_width());

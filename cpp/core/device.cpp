@@ -24,11 +24,13 @@ std::optional<int> gpu_index(std::string_view device) {
 
 #ifdef GEMMA_CUDA_WITH_CUDA
 std::string unsupported(const ModelSpec& spec, const EngineOptions& options) {
-  if (uses_fp8(spec)) return "FP8 is not there yet on CUDA; it runs on the reference backend";
   if (options.compute != DType::bf16) return "the CUDA backend computes in bf16; f32 is for the reference backend";
   if (spec.hidden_size % 8 != 0 || spec.ffn_size % 8 != 0)
     return "hidden_size " + std::to_string(spec.hidden_size) + " and ffn_size " + std::to_string(spec.ffn_size) +
            " must be multiples of 8 on CUDA";
+  if (uses_fp8(spec) && (spec.hidden_size % 16 != 0 || spec.ffn_size % 16 != 0))
+    return "hidden_size " + std::to_string(spec.hidden_size) + " and ffn_size " + std::to_string(spec.ffn_size) +
+           " must be multiples of 16 for FP8 on CUDA";
   if (spec.hidden_size > 8192) return "hidden_size " + std::to_string(spec.hidden_size) + " is more than CUDA's 8192";
   if (options.max_sequences > 1024)
     return "max_sequences " + std::to_string(options.max_sequences) + " is more than CUDA's 1024";
@@ -39,7 +41,7 @@ std::string unsupported(const ModelSpec& spec, const EngineOptions& options) {
 
 std::unique_ptr<Backend> make_gpu_backend(int index, const ModelSpec& spec, const EngineOptions& options) {
   if (const std::string why = unsupported(spec, options); !why.empty()) throw Error::device(why);
-  return cuda::make_backend(index);
+  return cuda::make_backend(index, uses_fp8(spec));
 }
 
 // Whether "auto" would take the first GPU, as far as can be said without making it ready.

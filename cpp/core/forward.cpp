@@ -59,6 +59,23 @@ uint64_t x8_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
   return x8_rows(spec, limits) *
          std::max<uint64_t>(spec.hidden_size, widest(spec, [](const LayerSpec& l) { return l.q_width(); }));
 }
+// A matrix that is quantized for every product: nothing where there is none.
+uint64_t cast_bytes(const ModelSpec& spec) {
+  uint64_t most = 0;
+  for (const LayerSpec& layer : spec.layers) {
+    const uint64_t hidden = spec.hidden_size;
+    if (layer.qkv == Scheme::fp8_cast) most = std::max(most, hidden * layer.qkv_width());
+    if (layer.attention_out == Scheme::fp8_cast) most = std::max(most, hidden * layer.q_width());
+    if (layer.gate_up == Scheme::fp8_cast) most = std::max(most, hidden * 2 * spec.ffn_size);
+    if (layer.down == Scheme::fp8_cast) most = std::max(most, hidden * spec.ffn_size);
+  }
+  return most;
+}
+uint64_t cast_scale_bytes(const ModelSpec& spec) {
+  const uint64_t rows = std::max<uint64_t>(
+      {spec.hidden_size, 2ull * spec.ffn_size, widest(spec, [](const LayerSpec& l) { return l.qkv_width(); })});
+  return cast_bytes(spec) > 0 ? rows * sizeof(float) : 0;
+}
 uint64_t x_scale_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
   return x8_rows(spec, limits) * sizeof(float);
 }
@@ -94,6 +111,8 @@ Forward::Forward(Backend& backend, const ModelSpec& spec, const Weights& weights
   act_.x8 = Buffer(backend, x8_bytes(spec, limits));
   act_.x_scales = Buffer(backend, x_scale_bytes(spec, limits));
   act_.activated_scales = Buffer(backend, x_scale_bytes(spec, limits));
+  act_.cast = Buffer(backend, cast_bytes(spec));
+  act_.cast_scales = Buffer(backend, cast_scale_bytes(spec));
   act_.within = Buffer(backend, layout.end);
   char* within = act_.within.as<char>();
   act_.qkv = act_.gate_up = within;
@@ -117,7 +136,8 @@ uint64_t Forward::kv_cache_bytes(const ModelSpec& spec, const ForwardLimits& lim
 uint64_t Forward::activation_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
   const uint64_t t = limits.tokens, r = limits.logit_rows, act = size_of(limits.act);
   return table_bytes(spec, limits) + BlockLayout(spec, limits).end + x8_bytes(spec, limits) +
-         2 * x_scale_bytes(spec, limits) + spec.hidden_size * (t * sizeof(float) + (t + r) * act);
+         2 * x_scale_bytes(spec, limits) + cast_bytes(spec) + cast_scale_bytes(spec) +
+         spec.hidden_size * (t * sizeof(float) + (t + r) * act);
 }
 
 uint64_t Forward::logit_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
@@ -342,6 +362,7 @@ void Forward::observe(const void* x, uint32_t rows, uint32_t width, Magnitudes C
 Quantize Forward::quantize(const Linear& reader, const Buffer& row_scales) const {
   switch (reader.scheme) {
     case Scheme::plain: return {};
+    case Scheme::fp8_cast:
     case Scheme::fp8_static: return {.scale = reader.input_scale.as<float>(), .row_scales = nullptr};
     case Scheme::fp8_dynamic: return {.scale = nullptr, .row_scales = row_scales.as<float>()};
   }
@@ -353,8 +374,19 @@ char* Forward::input_of(const Linear& reader) const {
 }
 
 void Forward::gemm(const void* x, Quantize x_scale, const Linear& w, void* out, uint32_t tokens, uint32_t capacity) {
+  Matrix matrix = weights_.matrix(w);
+  if (w.scheme == Scheme::fp8_cast) {
+    const Matrix cast{act_.cast.data(), DType::e4m3, w.rows, w.cols, act_.cast_scales.as<float>()};
+    backend_.quantize({.x = matrix.data,
+                       .dtype = matrix.dtype,
+                       .how = {.scale = nullptr, .row_scales = act_.cast_scales.as<float>()},
+                       .out = act_.cast.data(),
+                       .rows = w.rows,
+                       .width = w.cols});
+    matrix = cast;
+  }
   backend_.gemm({.x = x,
-                 .w = weights_.matrix(w),
+                 .w = matrix,
                  .out = out,
                  .out_dtype = limits_.act,
                  .tokens = tokens,

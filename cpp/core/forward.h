@@ -64,6 +64,7 @@ class Forward {
     Buffer x;                           // [t, hidden] a block's normed input, then its output
     Buffer x8;                          // [t or r, the wider of hidden and q_width] inputs of products in FP8, and
     Buffer x_scales, activated_scales;  // their scales where they are dynamic: [t or r] and [a slice of t]
+    Buffer cast, cast_scales;           // a matrix of fp8_cast as it was quantized last
     Buffer within;                      // what a block has only within it, one after the other in the same memory
     char* qkv;                          // [t, qkv_width]
     char* q;                            // [t, q_width] rotated queries

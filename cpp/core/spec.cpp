@@ -48,6 +48,7 @@ bool uses_fp8(const ModelSpec& spec) {
 }
 
 void validate(const ModelSpec& spec) {
+  require(spec.lm_head != Scheme::fp8_cast, "lm_head cannot be quantized for every product, only kept in FP8");
   in_range("vocab_size", spec.vocab_size, 1, 1u << 30);
   in_range("hidden_size", spec.hidden_size, 1, kMaxWidth);
   in_range("ffn_size", spec.ffn_size, 1, kMaxWidth);

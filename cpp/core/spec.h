@@ -13,6 +13,7 @@ enum class Scheme : uint8_t {
   plain,        // as the engine's options say, bf16 or f32
   fp8_static,   // in E4M3 with a scale for each row; its inputs too, with one scale that calibration has found
   fp8_dynamic,  // in E4M3 with a scale for each row; its inputs too, each token with a scale of its own
+  fp8_cast,     // as plain, and quantized anew for every product, inputs as in fp8_static: for comparison only
 };
 
 struct LayerSpec {
@@ -47,6 +48,8 @@ struct ModelSpec {
   std::vector<LayerSpec> layers;
 };
 
+// Whether a matrix is kept in FP8.
+constexpr bool kept_in_fp8(Scheme scheme) { return scheme == Scheme::fp8_static || scheme == Scheme::fp8_dynamic; }
 // Whether anything is kept or computed in FP8.
 bool uses_fp8(const ModelSpec& spec);
 

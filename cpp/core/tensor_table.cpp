@@ -7,8 +7,8 @@ namespace {
 void add_matrix(std::vector<TensorSlot>& table, Scheme scheme, const std::string& module, uint64_t rows, uint64_t cols,
                 Slot slot, uint32_t layer, uint64_t row) {
   table.push_back({module + ".weight", {rows, cols}, slot, layer, row});
-  if (scheme != Scheme::plain) table.push_back({module + ".weight_scale", {rows}, slot, layer, row, Part::scales});
-  if (scheme == Scheme::fp8_static)
+  if (kept_in_fp8(scheme)) table.push_back({module + ".weight_scale", {rows}, slot, layer, row, Part::scales});
+  if (scheme == Scheme::fp8_static || scheme == Scheme::fp8_cast)
     table.push_back({module + ".input_scale", {1}, slot, layer, row, Part::input_scale});
 }
 

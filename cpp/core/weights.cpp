@@ -53,7 +53,7 @@ bool is_matrix(const TensorSlot& tensor) { return tensor.part == Part::values &&
 
 DType kept_as(const ModelSpec& spec, const TensorSlot& tensor, DType dtype) {
   if (!is_matrix(tensor)) return DType::f32;
-  return scheme_of(spec, tensor) == Scheme::plain ? dtype : DType::e4m3;
+  return kept_in_fp8(scheme_of(spec, tensor)) ? DType::e4m3 : dtype;
 }
 
 // One scale stands for all inputs of a matrix, however many tensors share it.
@@ -100,6 +100,11 @@ Weights::Weights(Backend& backend, const ModelSpec& spec, DType dtype)
     layers_[i].inverse_frequency = Buffer(backend, frequencies.size() * sizeof(float));
     backend.upload(layers_[i].inverse_frequency.data(), frequencies.data(), frequencies.size() * sizeof(float));
   }
+}
+
+void Linear::note_scales(std::span<const float> scales_of_rows) {
+  if (first_scale == 0) first_scale = scales_of_rows[0];
+  for (const float scale : scales_of_rows) one_scale = one_scale && scale == first_scale;
 }
 
 Linear* Weights::linear(const TensorSlot& tensor) {
@@ -173,19 +178,22 @@ void Weights::load_values(const TensorSlot& tensor, DType dtype, std::span<const
   backend_.upload_as(buffer(tensor).as<char>() + offset, to, bytes.data(), dtype, bytes.size() / size_of(dtype));
 }
 
-// Rows of a matrix that is to be FP8, each with a scale of its own: `bring(row, count)` puts some of them into the
-// staging buffer as `staged`.
+// Rows of a matrix that is to be FP8, each with a scale of its own, or with the ones that are there already:
+// `bring(row, count)` puts some of them into the staging buffer as `staged`.
 template <class F>
-void Weights::quantize_rows(const TensorSlot& tensor, DType staged, F bring) {
+void Weights::quantize_rows(const TensorSlot& tensor, DType staged, bool scaled, F bring) {
   const uint64_t rows = tensor.shape[0], cols = tensor.shape[1], at_once = staged_rows(rows, cols);
   if (staging_.data() == nullptr) staging_ = Buffer(backend_, std::max(kStagingBytes, cols * sizeof(float)));
-  const Linear& matrix = *linear(tensor);
+  Linear& matrix = *linear(tensor);
+  matrix.one_scale = matrix.one_scale && scaled;
   for (uint64_t row = 0; row < rows; row += at_once) {
     const uint64_t count = std::min(at_once, rows - row), at = tensor.row + row;
+    float* const scales = matrix.scales.as<float>() + at;
     bring(row, count);
     backend_.quantize({.x = staging_.data(),
                        .dtype = staged,
-                       .how = {.row_scales = matrix.scales.as<float>() + at},
+                       .how = scaled ? Quantize{.scale = scales, .row_scales = nullptr}
+                                     : Quantize{.scale = nullptr, .row_scales = scales},
                        .out = matrix.values.as<char>() + at * cols,
                        .rows = static_cast<uint32_t>(count),
                        .width = static_cast<uint32_t>(cols)});
@@ -195,7 +203,7 @@ void Weights::quantize_rows(const TensorSlot& tensor, DType staged, F bring) {
 void Weights::quantize(const TensorSlot& tensor, DType dtype, std::span<const uint8_t> bytes) {
   const DType staged = dtype == DType::bf16 ? DType::bf16 : DType::f32;
   const uint64_t cols = tensor.shape[1];
-  quantize_rows(tensor, staged, [&](uint64_t row, uint64_t count) {
+  quantize_rows(tensor, staged, false, [&](uint64_t row, uint64_t count) {
     backend_.upload_as(staging_.data(), staged, bytes.data() + row * cols * size_of(dtype), dtype, count * cols);
   });
   const std::string scales = tensor.name + "_scale";
@@ -215,17 +223,22 @@ void Weights::load_scales(const TensorSlot& tensor, DType dtype, std::span<const
     scales[0] = largest = std::max(largest, scales[0]);
   }
   scales.resize(elements(tensor.shape), scales[0]);
+  if (tensor.part == Part::scales) linear(tensor)->note_scales(scales);
   const uint64_t offset = tensor.part == Part::scales ? tensor.row : 0;
   backend_.upload(buffer(tensor).as<float>() + offset, scales.data(), scales.size() * sizeof(float));
 }
 
 void Weights::load_random(uint64_t seed) {
   constexpr float kDeviation = 0.02f, kScale = 0.02f;
+  constexpr float kWeightScale = kDeviation * 1.7320508f / kE4m3Max;  // of the largest element: they are drawn evenly
   for (const TensorSlot& tensor : tensor_table(spec_)) {
     const uint64_t count = elements(tensor.shape);
     const DType to = kept(tensor);
     if (to == DType::e4m3) {
-      quantize_rows(tensor, DType::bf16, [&](uint64_t, uint64_t rows) {
+      Linear& matrix = *linear(tensor);
+      const bool one = matrix.scheme == Scheme::fp8_static;
+      if (one) fill_scales(matrix, tensor, kWeightScale);
+      quantize_rows(tensor, DType::bf16, one, [&](uint64_t, uint64_t rows) {
         backend_.fill_random(staging_.data(), DType::bf16, rows * tensor.shape[1], ++seed, kDeviation);
       });
     } else if (tensor.part == Part::values) {
@@ -238,6 +251,12 @@ void Weights::load_random(uint64_t seed) {
     }
   }
   waiting_.clear();
+}
+
+void Weights::fill_scales(Linear& matrix, const TensorSlot& tensor, float scale) {
+  const std::vector<float> scales(tensor.shape[0], scale);
+  matrix.note_scales(scales);
+  backend_.upload(matrix.scales.as<float>() + tensor.row, scales.data(), scales.size() * sizeof(float));
 }
 
 void Weights::finish() {

@@ -19,8 +19,12 @@ struct Linear {
   Scheme scheme = Scheme::plain;
   uint32_t rows = 0, cols = 0;
   Buffer values;
-  Buffer scales;       // FP8: [rows]
-  Buffer input_scale;  // fp8_static: one
+  Buffer scales;          // FP8: [rows]
+  Buffer input_scale;     // fp8_static, fp8_cast: one
+  bool one_scale = true;  // whether all of `scales` are the same
+  float first_scale = 0;  // of those seen so far; 0: none
+
+  void note_scales(std::span<const float> scales_of_rows);
 };
 
 // Norm weights are kept in float32, as the checkpoint has them (used as 1 + w).
@@ -50,8 +54,12 @@ class Weights {
   Matrix lm_head() const { return lm_head_.values.data() ? matrix(lm_head_) : embedding(); }
   const Linear& lm_head_linear() const { return lm_head_; }
   Matrix matrix(const Linear& linear) const {
-    return {linear.values.data(), linear.scheme == Scheme::plain ? dtype_ : DType::e4m3, linear.rows, linear.cols,
-            linear.scales.as<float>()};
+    return {linear.values.data(),
+            kept_in_fp8(linear.scheme) ? DType::e4m3 : dtype_,
+            linear.rows,
+            linear.cols,
+            linear.scales.as<float>(),
+            linear.one_scale};
   }
 
   static uint64_t bytes(const ModelSpec& spec, DType dtype);
@@ -64,7 +72,8 @@ class Weights {
   void load_scales(const TensorSlot& tensor, DType dtype, std::span<const uint8_t> bytes);
   void quantize(const TensorSlot& tensor, DType dtype, std::span<const uint8_t> bytes);
   template <class F>
-  void quantize_rows(const TensorSlot& tensor, DType staged, F bring);
+  void quantize_rows(const TensorSlot& tensor, DType staged, bool scaled, F bring);
+  void fill_scales(Linear& matrix, const TensorSlot& tensor, float scale);
 
   Backend& backend_;
   const ModelSpec& spec_;

@@ -121,8 +121,8 @@ class CapturedGraph final : public Graph {
 
 class CudaBackend final : public Backend {
  public:
-  explicit CudaBackend(int index) : device_(device_info(index)), names_(names(device_)) {
-    const DeviceScope scope(index);
+  explicit CudaBackend(const DeviceInfo& device) : device_(device), names_(names(device)) {
+    const DeviceScope scope(device.index);
     gemm_ = std::make_unique<Gemm>(device_, names_.kind);
     GEMMA_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   }
@@ -219,9 +219,15 @@ class CudaBackend final : public Backend {
   void geglu(const GegluArgs& args) override {
     on_device([&] { cuda::geglu(args, stream()); });
   }
-  void quantize(const QuantizeArgs&) override { throw Error::device("FP8 is not there yet on CUDA"); }
-  void observe(const ObserveArgs&) override { throw Error::device("calibration is not there yet on CUDA"); }
-  void observe_cache(const ObserveCacheArgs&) override { throw Error::device("calibration is not there yet on CUDA"); }
+  void quantize(const QuantizeArgs& args) override {
+    on_device([&] { cuda::quantize(args, stream()); });
+  }
+  void observe(const ObserveArgs& args) override {
+    on_device([&] { cuda::observe(args, stream()); });
+  }
+  void observe_cache(const ObserveCacheArgs& args) override {
+    on_device([&] { cuda::observe_cache(args, stream()); });
+  }
   void soft_cap(const SoftCapArgs& args) override {
     on_device([&] { cuda::soft_cap(args, stream()); });
   }
@@ -265,10 +271,12 @@ class CudaBackend final : public Backend {
 
 }  // namespace
 
-std::unique_ptr<Backend> make_backend(int device) {
+std::unique_ptr<Backend> make_backend(int device, bool fp8) {
   require_usable(device);
+  const DeviceInfo info = device_info(device);
+  require(fp8 ? fp8_problem(device, info.capability) : "");
   CublasLt::get();
-  return std::make_unique<CudaBackend>(device);
+  return std::make_unique<CudaBackend>(info);
 }
 
 int devices() {

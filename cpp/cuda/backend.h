@@ -8,8 +8,9 @@
 
 namespace gemma_cuda::cuda {
 
-// Throws Error::device saying why the GPU cannot be used: no driver, no such device, older than sm_80, no cuBLASLt.
-std::unique_ptr<Backend> make_backend(int device);
+// Throws Error::device saying why the GPU cannot be used: no driver, no such device, older than sm_80, or than sm_89
+// where FP8 is asked for, no cuBLASLt.
+std::unique_ptr<Backend> make_backend(int device, bool fp8 = false);
 
 // GPUs that this process may use; 0 where there is no driver.
 int devices();

@@ -16,37 +16,47 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/decode_tiles.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/mma.cuh"
 #include "cuda/ops.h"
+#include "cuda/softmax.cuh"
 
 namespace gemma_cuda::cuda {
 namespace {
 
-constexpr int kTile = 16;  // tokens
 constexpr int kStages = 3;
 constexpr int kMaxWarps = 4;         // a block
 constexpr uint32_t kLeastTiles = 2;  // in a stretch: shorter ones cost more to combine than they save
 
+template <int HeadDim, class Cache>
+constexpr uint32_t stage_bytes = 2 * kTileTokens* HeadDim * sizeof(Cache);
+
 struct Decode {
   const bf16_t* q;
-  const bf16_t* keys;
-  const bf16_t* values;
+  const void* keys;  // bf16, or FP8 with scales
+  const void* values;
+  const float* key_scales;
+  const float* value_scales;
   const uint32_t* cu_seqlens;
   const uint32_t* kv_len;
   const uint32_t* block_table;
   uint32_t sequences, max_pages, page_size, heads, kv_heads, window;
   ScoreScale score;
-  bf16_t* out;
+  AttentionOut out;
   float* partial;   // [2 stretches][group][HeadDim]
   float2* weights;  // [2 stretches][group]: maximum (log2 units) and sum
   uint32_t stretches;
 };
 
+// What a head's results are multiplied by on their way out.
+__device__ float out_factor(const Decode& args, uint32_t head) {
+  return args.out.factor() * (args.value_scales != nullptr ? args.value_scales[head] : 1.0f);
+}
+
 struct Range {  // of the tokens a sequence's new token sees
   uint32_t first, end;
-  __device__ uint32_t first_tile() const { return first / kTile; }
-  __device__ uint32_t tiles() const { return (end + kTile - 1) / kTile - first_tile(); }
+  __device__ uint32_t first_tile() const { return first / kTileTokens; }
+  __device__ uint32_t tiles() const { return (end + kTileTokens - 1) / kTileTokens - first_tile(); }
 };
 
 __device__ Range range(const Decode& args, uint32_t sequence) {
@@ -109,78 +119,76 @@ struct Cursor {
   __device__ void next(const Decode& args, const uint32_t* before) {
     if (++at == row_end && at < end) find(args, before);
   }
-  __device__ uint32_t first_token() const { return (tokens.first_tile() + at - row_begin) * kTile; }
+  __device__ uint32_t first_token() const { return (tokens.first_tile() + at - row_begin) * kTileTokens; }
   // Whether the tile has the token of this step, the row's last.
-  __device__ bool newest() const { return first_token() + kTile >= tokens.end; }
+  __device__ bool newest() const { return first_token() + kTileTokens >= tokens.end; }
 };
 
 // Starts the copies of a tile's K and V rows; tokens outside the range become zeros.
-template <int HeadDim>
+template <int HeadDim, class Cache>
 __device__ void fetch(const Decode& args, const Cursor& cursor, uint32_t stage, int lane) {
-  constexpr int kChunks = Tile<HeadDim>::kChunks, kLanes = kChunks < 32 ? kChunks : 32, kRows = 32 / kLanes;
-  const uint32_t token = cursor.first_token() + lane % kTile;
+  using Rows = typename CacheTile<HeadDim, Cache>::Rows;
+  constexpr int kChunks = Rows::kChunks, kLanes = kChunks < 32 ? kChunks : 32, kRows = 32 / kLanes;
+  const uint32_t token = cursor.first_token() + lane % kTileTokens;
   const bool there = token >= cursor.tokens.first && token < cursor.tokens.end;
   const uint32_t page = there ? args.block_table[size_t{cursor.sequence} * args.max_pages + token / args.page_size] : 0;
   const uint64_t row = (uint64_t{page} * args.kv_heads + cursor.head) * args.page_size + token % args.page_size;
-  const int64_t mine = there ? static_cast<int64_t>(row * HeadDim) : -1;
+  const int64_t mine = there ? static_cast<int64_t>(row * Rows::kRowBytes) : -1;
 #pragma unroll
-  for (int i = 0; i < kTile; i += kRows) {
+  for (int i = 0; i < kTileTokens; i += kRows) {
     const int at = i + lane / kLanes, chunk = lane % kLanes;
     const int64_t from = __shfl_sync(~0u, mine, at);
-    const size_t offset = (from < 0 ? 0 : from) + chunk * 8;
-    const uint32_t to = Tile<HeadDim>::chunk(stage, at, chunk);
-    copy_async(to, args.keys + offset, from >= 0);
-    copy_async(to + kTile * HeadDim * 2, args.values + offset, from >= 0);
+    if (kRows > kTileTokens && at >= kTileTokens) break;
+    const size_t offset = (from < 0 ? 0 : from) + chunk * 16;
+    const uint32_t to = Rows::chunk(stage, at, chunk);
+    copy_async(to, static_cast<const char*>(args.keys) + offset, from >= 0);
+    copy_async(to + kTileTokens * Rows::kRowBytes, static_cast<const char*>(args.values) + offset, from >= 0);
   }
 }
 
 // The queries of a group as A fragments; rows past the group are zero.
-template <int HeadDim>
+template <int HeadDim, class Cache>
 __device__ void load_queries(const Decode& args, const Cursor& cursor, uint32_t (&q)[HeadDim / 16][4], int lane) {
+  using Tile = CacheTile<HeadDim, Cache>;
   const uint32_t group = args.heads / args.kv_heads, row = lane / 4;
-  const bf16_t* from =
-      args.q + (size_t{args.cu_seqlens[cursor.sequence]} * args.heads + cursor.head * group) * HeadDim + lane % 4 * 2;
+  const bf16_t* from = args.q + (size_t{args.cu_seqlens[cursor.sequence]} * args.heads + cursor.head * group) * HeadDim;
   auto pair = [&](uint32_t r, int column) {
-    return r < group ? *reinterpret_cast<const uint32_t*>(from + size_t{r} * HeadDim + column) : 0u;
+    return r < group ? Tile::Type::of_bf16(*reinterpret_cast<const uint32_t*>(from + size_t{r} * HeadDim + column))
+                     : 0u;
   };
 #pragma unroll
-  for (int k = 0; k < HeadDim / 16; ++k) {
-    q[k][0] = pair(row, k * 16);
-    q[k][1] = pair(row + 8, k * 16);
-    q[k][2] = pair(row, k * 16 + 8);
-    q[k][3] = pair(row + 8, k * 16 + 8);
-  }
+  for (int k = 0; k < HeadDim / 16; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) q[k][i] = pair(row + i % 2 * 8, Tile::query_column(k, i / 2, lane));
 }
 
 // Running softmax of the group's heads over the tiles of a row.
-template <int HeadDim>
+template <int HeadDim, class Cache>
 struct State {
+  using Tile = CacheTile<HeadDim, Cache>;
+  ScoreScale score;
   float out[HeadDim / 8][4];
   float best[2], sum[2];  // of rows lane / 4 and that + 8; a lane's own share of the sum
 
-  __device__ void clear() {
+  __device__ void clear(const Decode& args, uint32_t head) {
+    score = args.score;
+    if (args.key_scales != nullptr) score.scale *= args.key_scales[head];
 #pragma unroll
     for (auto& fragment : out) fragment[0] = fragment[1] = fragment[2] = fragment[3] = 0;
     best[0] = best[1] = -INFINITY;
     sum[0] = sum[1] = 0;
   }
 
-  __device__ void add(const Decode& args, const uint32_t (&q)[HeadDim / 16][4], uint32_t stage, uint32_t first_token,
-                      Range tokens, int lane) {
+  __device__ void add(const uint32_t (&q)[HeadDim / 16][4], uint32_t stage, uint32_t first_token, Range tokens,
+                      int lane) {
     float scores[2][4] = {};
-#pragma unroll
-    for (int k = 0; k < HeadDim / 16; ++k) {
-      uint32_t b[4];
-      Tile<HeadDim>::columns(b, stage, 0, k * 16, lane);
-      mma(scores[0], q[k], b[0], b[1]);
-      mma(scores[1], q[k], b[2], b[3]);
-    }
+    Tile::multiply_keys(scores, q, stage, lane);
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t token = first_token + n * 8 + lane % 4 * 2 + i % 2;
-        scores[n][i] = token >= tokens.first && token < tokens.end ? args.score(scores[n][i]) : -INFINITY;
+        const uint32_t token = first_token + Tile::token(n, i, lane);
+        scores[n][i] = token >= tokens.first && token < tokens.end ? score(scores[n][i]) : -INFINITY;
       }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -202,15 +210,9 @@ struct State {
         fragment[2 * half + 1] *= shrink;
       }
     }
-    const uint32_t p[4] = {pack(scores[0][0], scores[0][1]), pack(scores[0][2], scores[0][3]),
-                           pack(scores[1][0], scores[1][1]), pack(scores[1][2], scores[1][3])};
-#pragma unroll
-    for (int n = 0; n < HeadDim / 16; ++n) {
-      uint32_t b[4];
-      Tile<HeadDim>::rows(b, stage + kTile * HeadDim * 2, 0, n * 16, lane);
-      mma(out[2 * n], p, b[0], b[1]);
-      mma(out[2 * n + 1], p, b[2], b[3]);
-    }
+    uint32_t p[4];
+    narrow(typename Tile::Type{}, p, scores, 0);
+    Tile::multiply_values(out, p, stage + kTileTokens * Tile::Rows::kRowBytes, lane);
   }
 
   // A whole row's result, or this stretch's part of it.
@@ -223,28 +225,22 @@ struct State {
       const uint32_t row = lane / 4 + 8 * half;
       if (row >= group) continue;
       if (whole) {
-        bf16_t* to =
-            args.out + ((size_t{args.cu_seqlens[cursor.sequence]} * args.heads) + cursor.head * group + row) * HeadDim;
-        const float inverse = 1 / sum[half];
-#pragma unroll
-        for (int n = 0; n < HeadDim / 8; ++n)
-          *reinterpret_cast<uint32_t*>(to + n * 8 + lane % 4 * 2) =
-              pack(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
+        const size_t to = (size_t{args.cu_seqlens[cursor.sequence]} * args.heads + cursor.head * group + row) * HeadDim;
+        const float factor = out_factor(args, cursor.head) / sum[half];
+        Tile::each_run(out, half, lane, [&](int column, auto x) { args.out.store(to + column, x * factor); });
       } else {
         float* to = args.partial + (size_t{slot} * group + row) * HeadDim;
-#pragma unroll
-        for (int n = 0; n < HeadDim / 8; ++n)
-          *reinterpret_cast<float2*>(to + n * 8 + lane % 4 * 2) = make_float2(out[n][2 * half], out[n][2 * half + 1]);
+        Tile::each_run(out, half, lane, [&](int column, auto x) { *reinterpret_cast<decltype(x)*>(to + column) = x; });
         if (lane % 4 == 0) args.weights[size_t{slot} * group + row] = make_float2(best[half], sum[half]);
       }
     }
   }
 };
 
-template <int HeadDim>
+template <int HeadDim, class Cache>
 __global__ void __launch_bounds__(kMaxWarps * 32) decode_kernel(Decode args) {
   extern __shared__ __align__(128) char memory[];
-  constexpr uint32_t kStage = 2 * kTile * HeadDim * 2;
+  constexpr uint32_t kStage = stage_bytes<HeadDim, Cache>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const uint32_t ring = shared_address(memory) + warp * kStages * kStage;
   uint32_t* before = reinterpret_cast<uint32_t*>(memory + warps * kStages * kStage);
@@ -258,7 +254,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) decode_kernel(Decode args) {
   Cursor ahead = here;
   auto fetch_next = [&](uint32_t turn) {
     if (!ahead.done()) {
-      fetch<HeadDim>(args, ahead, ring + turn % kStages * kStage, lane);
+      fetch<HeadDim, Cache>(args, ahead, ring + turn % kStages * kStage, lane);
       ahead.next(args, before);
     }
     commit_copies();
@@ -270,17 +266,17 @@ __global__ void __launch_bounds__(kMaxWarps * 32) decode_kernel(Decode args) {
   while (fetched < kStages - 1) fetch_next(fetched++);
 
   uint32_t q[HeadDim / 16][4];
-  State<HeadDim> state;
+  State<HeadDim, Cache> state;
   uint32_t piece = here.at;  // where this stretch's part of the row begins
   for (uint32_t turn = 0; !here.done(); ++turn) {
     if (here.at == piece) {
-      load_queries<HeadDim>(args, here, q, lane);
-      state.clear();
+      load_queries<HeadDim, Cache>(args, here, q, lane);
+      state.clear(args, here.head);
     }
     wait_copies<kStages - 2>();
     __syncwarp();  // every lane's copies are there, and the stage filled next has been read, in the turn before
     fetch_next(turn + kStages - 1);
-    state.add(args, q, ring + turn % kStages * kStage, here.first_token(), here.tokens, lane);
+    state.add(q, ring + turn % kStages * kStage, here.first_token(), here.tokens, lane);
     if (here.at + 1 == here.row_end || here.at + 1 == here.end) {
       const bool whole = piece == here.row_begin && here.at + 1 == here.row_end;
       state.finish(args, here, whole, 2 * stretch + (piece == begin ? 0 : 1), lane);
@@ -343,11 +339,8 @@ __global__ void __launch_bounds__(combine_threads(HeadDim)) combine_kernel(Decod
     sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
   }
   const size_t out = size_t{args.cu_seqlens[row.sequence]} * args.heads + row.head * group + blockIdx.y;
-  reinterpret_cast<uint2*>(args.out + out * HeadDim)[column] =
-      make_uint2(pack(sum.x / mass, sum.y / mass), pack(sum.z / mass, sum.w / mass));
+  args.out.store(out * HeadDim + 4 * column, sum * (out_factor(args, row.head) / mass));
 }
-
-constexpr size_t ring_bytes(uint32_t head_dim, int warps) { return size_t{2 * kTile * 2} * head_dim * kStages * warps; }
 
 // Warps a block and blocks a multiprocessor: as much in flight as shared memory holds.
 struct Shape {
@@ -355,28 +348,34 @@ struct Shape {
   size_t shared;
 };
 
-Shape shape(const DeviceInfo& device, uint32_t head_dim, uint32_t sequences) {
+Shape shape(const DeviceInfo& device, size_t warp_bytes, uint32_t sequences) {
   const size_t geometry = (sequences + 1) * sizeof(uint32_t);
   int warps = kMaxWarps;
-  while (warps > 1 && ring_bytes(head_dim, warps) + geometry > static_cast<size_t>(device.shared_memory)) --warps;
-  const size_t shared = ring_bytes(head_dim, warps) + geometry;
+  while (warps > 1 && warps * warp_bytes + geometry > static_cast<size_t>(device.shared_memory)) --warps;
+  const size_t shared = warps * warp_bytes + geometry;
   const int blocks = std::clamp(static_cast<int>(device.shared_memory / (shared + 2048)), 1, 3);
   return {warps, blocks, shared};
 }
 
-template <int HeadDim>
+template <int HeadDim, class Cache>
 void launch(Decode args, const DeviceInfo& device, const Stream& stream) {
-  const Shape s = shape(device, HeadDim, args.sequences);
+  const Shape s = shape(device, kStages * stage_bytes<HeadDim, Cache>, args.sequences);
   const uint32_t blocks = s.blocks * device.multiprocessors;
   args.stretches = blocks * s.warps;
-  GEMMA_CUDA_CHECK(cudaFuncSetAttribute(decode_kernel<HeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  GEMMA_CUDA_CHECK(cudaFuncSetAttribute(decode_kernel<HeadDim, Cache>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(s.shared)));
-  launch_early(stream, blocks, s.warps * 32, s.shared, decode_kernel<HeadDim>, args);
+  launch_early(stream, blocks, s.warps * 32, s.shared, decode_kernel<HeadDim, Cache>, args);
   const uint32_t group = args.heads / args.kv_heads;
   const uint32_t rows = args.sequences * args.kv_heads;
   launch_early(stream, dim3(std::min(rows, args.stretches), group), combine_threads(HeadDim),
                args.stretches * sizeof(float2) + (args.sequences + 1) * sizeof(uint32_t), combine_kernel<HeadDim>, args,
                rows > args.stretches);
+}
+
+template <int HeadDim>
+void launch(const Decode& args, const DeviceInfo& device, const Stream& stream) {
+  args.key_scales != nullptr ? launch<HeadDim, uint8_t>(args, device, stream)
+                             : launch<HeadDim, bf16_t>(args, device, stream);
 }
 
 uint32_t most_stretches(const DeviceInfo& device) { return 3 * device.multiprocessors * kMaxWarps; }
@@ -391,8 +390,10 @@ void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void*
   const uint32_t group = args.heads / args.cache.kv_heads;
   float2* weights = static_cast<float2*>(scratch);
   const Decode decode{.q = static_cast<const bf16_t*>(args.q),
-                      .keys = static_cast<const bf16_t*>(args.cache.keys),
-                      .values = static_cast<const bf16_t*>(args.cache.values),
+                      .keys = args.cache.keys,
+                      .values = args.cache.values,
+                      .key_scales = args.cache.key_scales,
+                      .value_scales = args.cache.value_scales,
                       .cu_seqlens = args.cu_seqlens,
                       .kv_len = args.kv_len,
                       .block_table = args.block_table,
@@ -403,7 +404,7 @@ void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void*
                       .kv_heads = args.cache.kv_heads,
                       .window = args.window,
                       .score = ScoreScale::of(args.scale, args.soft_cap),
-                      .out = static_cast<bf16_t*>(args.out),
+                      .out = {args.out, args.quantize.scale},
                       .partial = reinterpret_cast<float*>(weights + size_t{2} * most_stretches(device) * group),
                       .weights = weights,
                       .stretches = 0};

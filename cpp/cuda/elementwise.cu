@@ -1,18 +1,19 @@
-// Elementwise operations: GeGLU, the soft cap on logits, conversion of weights. 16 bytes a thread and turn where the
-// layout allows; bound by memory.
+// Elementwise operations: GeGLU, quantization, the soft cap on logits, conversion of weights. 16 bytes a thread and
+// turn where the layout allows; bound by memory.
 #include <cuda_fp16.h>
 
 #include <algorithm>
 
 #include "cuda/launch.cuh"
 #include "cuda/ops.h"
-#include "cuda/vector.cuh"
+#include "cuda/quantize.cuh"
 #include "ops/philox.h"
 
 namespace gemma_cuda::cuda {
 namespace {
 
 constexpr uint32_t kThreads = 256;
+constexpr uint32_t kRowThreads = 512;  // where a block takes a row
 
 unsigned blocks(size_t work) {
   return static_cast<unsigned>(std::clamp<size_t>((work + kThreads - 1) / kThreads, 1, 65535));
@@ -24,18 +25,105 @@ __device__ float gelu_tanh(float g) {
   return g / (1.0f + __expf(-2.0f * u));
 }
 
-__global__ void geglu_kernel(const bf16_t* gate_up, bf16_t* out, uint32_t ffn, size_t runs) {
+struct Geglu {
+  const bf16_t* gate_up;
+  void* out;  // bf16, or FP8 with `quantize`
+  uint32_t ffn;
+  Quantize quantize;
+};
+
+__device__ void gated(const Geglu& args, size_t row, uint32_t column, float (&out)[8]) {
+  float up[8];
+  const bf16_t* gate = args.gate_up + row * 2 * args.ffn + column;
+  widen(*reinterpret_cast<const Bf16x8*>(gate), out);
+  widen(*reinterpret_cast<const Bf16x8*>(gate + args.ffn), up);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) out[j] = gelu_tanh(out[j]) * up[j];
+}
+
+template <bool Fp8>
+__global__ void geglu_kernel(Geglu args, size_t runs) {
   allow_next();
   wait_for_last();
-  const uint32_t per_row = ffn / 8;
+  const uint32_t per_row = args.ffn / 8;
+  const float factor = Fp8 ? 1.0f / *args.quantize.scale : 1.0f;
   for (size_t i = size_t{blockIdx.x} * blockDim.x + threadIdx.x; i < runs; i += size_t{gridDim.x} * blockDim.x) {
-    const size_t row = i / per_row, column = i % per_row * 8;
-    float gate[8], up[8];
-    widen(*reinterpret_cast<const Bf16x8*>(gate_up + row * 2 * ffn + column), gate);
-    widen(*reinterpret_cast<const Bf16x8*>(gate_up + row * 2 * ffn + ffn + column), up);
+    const size_t row = i / per_row;
+    float y[8];
+    gated(args, row, i % per_row * 8, y);
+    if constexpr (Fp8)
+      static_cast<uint2*>(args.out)[i] = narrow_e4m3(y, factor);
+    else
+      static_cast<Bf16x8*>(args.out)[i] = narrow(y);
+  }
+}
+
+// A block a row, for its largest magnitude; the second time the row comes from a cache.
+__global__ void __launch_bounds__(kRowThreads) geglu_rows_kernel(Geglu args) {
+  __shared__ float partial[32];
+  allow_next();
+  wait_for_last();
+  const size_t row = blockIdx.x;
+  float y[8], largest = 0;
+  for (uint32_t column = threadIdx.x * 8; column < args.ffn; column += kRowThreads * 8) {
+    gated(args, row, column, y);
+    largest = fmaxf(largest, largest_magnitude(y));
+  }
+  const float factor = row_factor(args.quantize, blockIdx.x, block_max(largest, partial));
+  uint8_t* out = static_cast<uint8_t*>(args.out) + row * args.ffn;
+  for (uint32_t column = threadIdx.x * 8; column < args.ffn; column += kRowThreads * 8) {
+    gated(args, row, column, y);
+    *reinterpret_cast<uint2*>(out + column) = narrow_e4m3(y, factor);
+  }
+}
+
+struct QuantizeRows {
+  const void* x;
+  Quantize how;
+  void* out;
+  uint32_t width;
+};
+
+__device__ void load8(const bf16_t* from, float (&to)[8]) { widen(*reinterpret_cast<const Bf16x8*>(from), to); }
+__device__ void load8(const float* from, float (&to)[8]) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) gate[j] = gelu_tanh(gate[j]) * up[j];
-    *reinterpret_cast<Bf16x8*>(out + row * ffn + column) = narrow(gate);
+  for (int i = 0; i < 8; ++i) to[i] = from[i];
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeRows args) {
+  __shared__ float partial[32];
+  allow_next();
+  wait_for_last();
+  const T* x = static_cast<const T*>(args.x) + size_t{blockIdx.x} * args.width;
+  float values[8], largest = 0;
+  if (args.how.row_scales != nullptr) {
+    for (uint32_t column = threadIdx.x * 8; column < args.width; column += kRowThreads * 8) {
+      load8(x + column, values);
+      largest = fmaxf(largest, largest_magnitude(values));
+    }
+    largest = block_max(largest, partial);
+  }
+  const float factor = row_factor(args.how, blockIdx.x, largest);
+  uint8_t* out = static_cast<uint8_t*>(args.out) + size_t{blockIdx.x} * args.width;
+  for (uint32_t column = threadIdx.x * 8; column < args.width; column += kRowThreads * 8) {
+    load8(x + column, values);
+    *reinterpret_cast<uint2*>(out + column) = narrow_e4m3(values, factor);
+  }
+}
+
+__global__ void fill_scales_kernel(float* to, const float* scale, uint32_t count) {
+  const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < count) to[i] = *scale;
+}
+
+template <class T>
+__global__ void scale_product_kernel(T* out, Quantize x, const float* w_scales, uint32_t n, size_t count) {
+  allow_next();
+  wait_for_last();
+  for (size_t i = size_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) {
+    const float row = x.scale != nullptr ? *x.scale : x.row_scales[i / n];
+    out[i] = static_cast<T>(static_cast<float>(out[i]) * row * w_scales[i % n]);
   }
 }
 
@@ -77,9 +165,33 @@ void convert_to(To* to, const void* from, DType from_type, size_t count, cudaStr
 }  // namespace
 
 void geglu(const GegluArgs& args, const Stream& stream) {
+  const Geglu geglu{static_cast<const bf16_t*>(args.gate_up), args.out, args.ffn, args.quantize};
+  if (args.quantize.row_scales != nullptr)
+    return launch_early(stream, args.tokens, kRowThreads, 0, geglu_rows_kernel, geglu);
   const size_t runs = size_t{args.tokens} * (args.ffn / 8);
-  launch_early(stream, blocks(runs), kThreads, 0, geglu_kernel, static_cast<const bf16_t*>(args.gate_up),
-               static_cast<bf16_t*>(args.out), args.ffn, runs);
+  launch_early(stream, blocks(runs), kThreads, 0, args.quantize ? geglu_kernel<true> : geglu_kernel<false>, geglu,
+               runs);
+}
+
+void quantize(const QuantizeArgs& args, const Stream& stream) {
+  const QuantizeRows rows{args.x, args.how, args.out, args.width};
+  launch_early(stream, args.rows, kRowThreads, 0,
+               args.dtype == DType::f32 ? quantize_kernel<float> : quantize_kernel<bf16_t>, rows);
+}
+
+void fill_scales(float* to, const float* scale, uint32_t count, cudaStream_t stream) {
+  fill_scales_kernel<<<blocks(count), kThreads, 0, stream>>>(to, scale, count);
+  GEMMA_CUDA_CHECK(cudaGetLastError());
+}
+
+void scale_product(const GemmArgs& args, const Stream& stream) {
+  const size_t count = size_t{args.tokens} * args.w.rows;
+  if (args.out_dtype == DType::f32)
+    launch_early(stream, blocks(count), kThreads, 0, scale_product_kernel<float>, static_cast<float*>(args.out),
+                 args.x_scale, args.w.scales, args.w.rows, count);
+  else
+    launch_early(stream, blocks(count), kThreads, 0, scale_product_kernel<bf16_t>, static_cast<bf16_t*>(args.out),
+                 args.x_scale, args.w.scales, args.w.rows, count);
 }
 
 void soft_cap(const SoftCapArgs& args, const Stream& stream) {

@@ -19,6 +19,7 @@ namespace gemma_cuda::cuda {
 
 class Gemm {
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
+  static constexpr size_t kScaleBytes = size_t{256} << 10;  // of the most rows of an FP8 product, 65536
 
  public:
   // `device` is the current one; `kind` names it to the cache of algorithms.
@@ -34,10 +35,17 @@ class Gemm {
 
   // Takes the memory that products need; it is used by one stream at a time.
   void reserve();
-  size_t device_bytes() const { return workspace_.bytes() + arrivals_.bytes(); }
-  static constexpr size_t kReservedBytes = kWorkspaceBytes + kSkinnyArrivalBytes;
+  size_t device_bytes() const { return workspace_.bytes() + arrivals_.bytes() + x_scales_.bytes(); }
+  static constexpr size_t kReservedBytes = kWorkspaceBytes + kSkinnyArrivalBytes + kScaleBytes;
 
  private:
+  // How the scales of FP8 come into a product.
+  enum class Scaling : uint8_t {
+    none,    // bf16
+    one,     // a number for w, a number for x
+    rows,    // a vector for the rows of each
+    behind,  // by a kernel behind the product, where the library cannot take vectors
+  };
   // Everything a call of one shape needs.
   struct Plan {
     cublasLtMatmulDesc_t desc = nullptr;
@@ -45,9 +53,11 @@ class Gemm {
     cublasLtMatmulAlgo_t algorithm{};
     bool searched = false;
   };
-  using Key = std::tuple<uint32_t, uint32_t, uint32_t, DType>;  // tokens, n, k, type of the output
+  using Key = std::tuple<uint32_t, uint32_t, uint32_t, DType, Scaling>;  // tokens, n, k, type of the output
 
-  Plan describe(const GemmArgs& args) const;
+  Scaling scaling(const GemmArgs& args) const;
+  Plan describe(const GemmArgs& args, Scaling scaling) const;
+  void set_scales(Plan& plan, Scaling scaling, const GemmArgs& args, cudaStream_t stream);
   std::vector<cublasLtMatmulHeuristicResult_t> candidates(const Plan& plan) const;
   std::string cache_key(const Key& shape) const;
   bool can_run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const GemmArgs& args, cudaStream_t stream);
@@ -61,7 +71,7 @@ class Gemm {
   const DeviceInfo device_;
   const std::string kind_;
   cublasLtHandle_t handle_ = nullptr;
-  DeviceScratch workspace_, arrivals_;
+  DeviceScratch workspace_, arrivals_, x_scales_;
   bool searches_ = false;
   std::map<Key, Plan> plans_;
 };

@@ -1,10 +1,12 @@
-// Tensor core building blocks for attention, for every GPU from sm_80 on: bf16 fragments, asynchronous 16-byte copies,
-// and tiles of K or V rows in shared memory.
+// Tensor core building blocks for attention, for every GPU from sm_80 on: fragments of bf16 and f16, asynchronous
+// 16-byte copies, and tiles of K or V rows in shared memory.
 //
 // Fragments of mma.m16n8k16 (r = lane / 4, c = lane % 4): A holds rows r and r + 8, columns 2c, 2c + 1 and those + 8; B
 // holds column r, rows 2c, 2c + 1 and those + 8; C holds rows r and r + 8, columns 2c and 2c + 1. So a C of scores is,
 // narrowed, the A of the next product: probabilities never leave registers.
 #pragma once
+
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -27,10 +29,44 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// What the inputs of a product are. Keys and values in FP8 are computed with as f16, which holds all of E4M3 and is one
+// instruction away from it; queries then become f16 too, exactly so between 2^-14 and 65504.
+struct Bf16 {
+  __device__ static uint32_t pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  __device__ static uint32_t of_bf16(uint32_t pair) { return pair; }
+};
+struct F16 {
+  __device__ static uint32_t pack(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  __device__ static uint32_t of_bf16(uint32_t pair) {
+    constexpr float kLargest = 65504;
+    const float low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xFFFF0000);
+    return pack(fminf(fmaxf(low, -kLargest), kLargest), fminf(fmaxf(high, -kLargest), kLargest));
+  }
+  // Of two E4M3 in the low half of `pair`.
+  __device__ static uint32_t of_e4m3(uint32_t pair) {
+    const __half2_raw wide = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
+    return wide.x | uint32_t{wide.y} << 16;
+  }
+};
+struct E4m3 {};
+
 // d += a b
-__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ inline void mma(Bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline void mma(F16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -57,22 +93,23 @@ __device__ inline float fast_exp2(float x) {
   return y;
 }
 
-__device__ inline uint32_t pack(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-// Rows of HeadDim bf16 in shared memory. Their 16-byte chunks are stored at chunk ^ (row % 8), so that eight rows of
+// Rows of so many bytes in shared memory. Their 16-byte chunks are stored at chunk ^ (row % 8), so that eight rows of
 // one column of chunks lie in eight different groups of banks.
-template <int HeadDim>
-struct Tile {
-  static constexpr int kChunks = HeadDim / 8;  // 16-byte chunks of a row
+template <int RowBytes>
+struct SwizzledRows {
+  static constexpr int kRowBytes = RowBytes;
+  static constexpr int kChunks = RowBytes / 16;
   static constexpr int kMask = kChunks < 8 ? kChunks - 1 : 7;
-  static constexpr int kRowBytes = HeadDim * 2;
 
   __device__ static uint32_t chunk(uint32_t base, int row, int chunk) {
     return base + row * kRowBytes + ((chunk ^ (row & kMask)) << 4);
   }
+};
+
+// Rows of HeadDim elements of 16 bits.
+template <int HeadDim>
+struct Tile : SwizzledRows<2 * HeadDim> {
+  using SwizzledRows<2 * HeadDim>::chunk;
   // The B fragments of 16 rows by 16 columns, rows being the product's columns (K): {rows 0-7: b0, b1; rows 8-15: …}.
   __device__ static void columns(uint32_t (&b)[4], uint32_t base, int row, int column, int lane) {
     load_matrices(b, chunk(base, row + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2));

@@ -26,6 +26,13 @@ void norm(const NormArgs& args, const Stream& stream);
 void rope(const RopeArgs& args, const Stream& stream);
 void geglu(const GegluArgs& args, const Stream& stream);
 void soft_cap(const SoftCapArgs& args, const Stream& stream);
+void quantize(const QuantizeArgs& args, const Stream& stream);
+// to[i] = *scale
+void fill_scales(float* to, const float* scale, uint32_t count, cudaStream_t stream);
+// out[i][j] *= the scale of x's row i * that of w's row j: what a product of FP8 still lacks.
+void scale_product(const GemmArgs& args, const Stream& stream);
+void observe(const ObserveArgs& args, const Stream& stream);
+void observe_cache(const ObserveCacheArgs& args, const Stream& stream);
 // to[i] = from[i], between f32, bf16 and f16, rounded to nearest even.
 void convert(void* to, DType to_type, const void* from, DType from_type, size_t count, cudaStream_t stream);
 void fill_random(void* to, DType type, size_t count, uint64_t seed, float deviation, cudaStream_t stream);

@@ -8,16 +8,53 @@ namespace gemma_cuda::cuda {
 
 struct Prefill {
   const bf16_t* q;
-  const bf16_t* keys;
-  const bf16_t* values;
+  const void* keys;  // bf16, or FP8 with scales
+  const void* values;
+  const float* key_scales;
+  const float* value_scales;
   const uint32_t* cu_seqlens;
   const uint32_t* kv_len;
   const uint32_t* block_table;
   const QueryTile* query_tiles;
   uint32_t tiles, max_pages, page_size, heads, kv_heads, window;
   ScoreScale score;
-  bf16_t* out;
+  AttentionOut out;
+
+  __device__ ScoreScale score_of(uint32_t kv_head) const {
+    ScoreScale of = score;
+    if (key_scales != nullptr) of.scale *= key_scales[kv_head];
+    return of;
+  }
+  // What a head's results are multiplied by on their way out.
+  __device__ float out_factor(uint32_t kv_head) const {
+    return out.factor() * (value_scales != nullptr ? value_scales[kv_head] : 1.0f);
+  }
 };
+
+// What keys and values of this type are multiplied as.
+template <class Cache>
+struct CacheType;
+template <>
+struct CacheType<bf16_t> {
+  using Type = Bf16;
+};
+template <>
+struct CacheType<uint8_t> {
+  using Type = F16;
+};
+
+// Sixteen E4M3 as f16: two chunks of 16 bytes.
+__device__ inline void widen_e4m3(const uint4& from, uint4& first, uint4& second) {
+  first =
+      make_uint4(F16::of_e4m3(from.x), F16::of_e4m3(from.x >> 16), F16::of_e4m3(from.y), F16::of_e4m3(from.y >> 16));
+  second =
+      make_uint4(F16::of_e4m3(from.z), F16::of_e4m3(from.z >> 16), F16::of_e4m3(from.w), F16::of_e4m3(from.w >> 16));
+}
+__device__ inline void store_chunk(uint32_t to, const uint4& chunk) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(chunk.x), "r"(chunk.y), "r"(chunk.z),
+               "r"(chunk.w)
+               : "memory");
+}
 
 // Work of a block: a query tile of one head. The tiles come in order, the longest work first, each with all its heads:
 // at the end there are short ones left for the multiprocessors that are free.

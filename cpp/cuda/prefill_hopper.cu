@@ -5,6 +5,8 @@
 // size will do), and gives most of its registers to them. A consumer starts S = Q K^T of a tile, then O += P V of the
 // tile before, and computes the softmax of S while the second product runs; the other warpgroup's products fill what
 // gaps are left. Q lies in shared memory, P and O in registers.
+//
+// Keys and values in FP8 pass through the producer's registers and become f16; so do the queries.
 #include "cuda/barrier.cuh"
 #include "cuda/ops.h"
 #include "cuda/prefill.cuh"
@@ -59,34 +61,91 @@ __device__ void fetch(const bf16_t* from, uint32_t tile, int64_t mine, int warp,
   }
 }
 
+// The same of FP8. All of a warp's rows are asked for before the tile's place is free.
 template <int HeadDim, int Keys>
-__device__ void produce(const Prefill& args, const PrefillWork& work, Layout<HeadDim, Keys> shared, Barriers& barriers,
-                        uint32_t first_key) {
+struct Fp8Rows {
+  static constexpr int kRuns = HeadDim / 16, kAtOnce = 32 / kRuns, kLoads = Keys / 4 / kAtOnce;
+  static_assert(Keys / 4 % kAtOnce == 0);
+  uint4 held[kLoads];
+
+  __device__ void ask(const uint8_t* from, int64_t mine, int lane) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int64_t row = __shfl_sync(~0u, mine, i * kAtOnce + lane / kRuns);
+      held[i] = row < 0 ? uint4{} : __ldcg(reinterpret_cast<const uint4*>(from + row) + lane % kRuns);
+    }
+  }
+  __device__ void put(uint32_t tile, int warp, int lane) {
+    const int run = lane % kRuns, order = run / 4 % 2;  // which chunk goes first, lest eight lanes meet in four banks
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int row = warp + 4 * (i * kAtOnce + lane / kRuns);
+      uint4 chunks[2];
+      widen_e4m3(held[i], chunks[0], chunks[1]);
+      store_chunk(chunk_at(tile, Layout<HeadDim, Keys>::kKeyBlock, row, 2 * run + order),
+                  order ? chunks[1] : chunks[0]);
+      store_chunk(chunk_at(tile, Layout<HeadDim, Keys>::kKeyBlock, row, 2 * run + 1 - order),
+                  order ? chunks[0] : chunks[1]);
+    }
+    publish_to_products();
+  }
+};
+
+template <int HeadDim, int Keys>
+__device__ void produce(uint8_t, const Prefill& args, const PrefillWork& work, Layout<HeadDim, Keys> shared,
+                        Barriers& barriers, uint32_t first_key) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Fp8Rows<HeadDim, Keys> rows;
+  auto bring = [&](const void* from, int64_t mine, uint32_t tile, Barrier& full, Barrier& empty, uint32_t parity) {
+    rows.ask(static_cast<const uint8_t*>(from), mine, lane);
+    wait(empty, parity ^ 1);
+    rows.put(tile, warp, lane);
+    arrive(full);
+  };
+  uint32_t turn = 0;
+  for (uint32_t key = first_key; key < work.end_key; key += Keys, ++turn) {
+    const uint32_t stage = turn % kStages, parity = turn / kStages % 2;
+    const int64_t mine = lane < Keys / 4 ? work.row_of(args, key + warp + 4 * lane, HeadDim) : -1;
+    bring(args.keys, mine, shared.keys(stage), barriers.keys_full[stage], barriers.keys_empty[stage], parity);
+    bring(args.values, mine, shared.values(stage), barriers.values_full[stage], barriers.values_empty[stage], parity);
+  }
+}
+
+template <int HeadDim, int Keys>
+__device__ void produce(bf16_t, const Prefill& args, const PrefillWork& work, Layout<HeadDim, Keys> shared,
+                        Barriers& barriers, uint32_t first_key) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint32_t turn = 0;
   for (uint32_t key = first_key; key < work.end_key; key += Keys, ++turn) {
     const uint32_t stage = turn % kStages, parity = turn / kStages % 2;
     const int64_t mine = lane < Keys / 4 ? work.row_of(args, key + warp + 4 * lane, HeadDim) : -1;
     wait(barriers.keys_empty[stage], parity ^ 1);
-    fetch<HeadDim, Keys>(args.keys, shared.keys(stage), mine, warp, lane);
+    fetch<HeadDim, Keys>(static_cast<const bf16_t*>(args.keys), shared.keys(stage), mine, warp, lane);
     arrive_after_copies(barriers.keys_full[stage]);
     wait(barriers.values_empty[stage], parity ^ 1);
-    fetch<HeadDim, Keys>(args.values, shared.values(stage), mine, warp, lane);
+    fetch<HeadDim, Keys>(static_cast<const bf16_t*>(args.values), shared.values(stage), mine, warp, lane);
     arrive_after_copies(barriers.values_full[stage]);
   }
   wait_copies<0>();  // none may be under way when the block ends
 }
 
+// Brings a chunk of queries to shared memory, as what they are multiplied as.
+__device__ void bring_queries(Bf16, uint32_t to, const bf16_t* from, bool there) { copy_async(to, from, there); }
+__device__ void bring_queries(F16, uint32_t to, const bf16_t* from, bool there) {
+  const uint4 q = there ? *reinterpret_cast<const uint4*>(from) : uint4{};
+  store_chunk(to, make_uint4(F16::of_bf16(q.x), F16::of_bf16(q.y), F16::of_bf16(q.z), F16::of_bf16(q.w)));
+}
+
 // Brings a consumer's queries to shared memory; rows past the last become zeros.
-template <int HeadDim, int Keys>
-__device__ void load_queries(const bf16_t* from, size_t stride, uint32_t rows, Layout<HeadDim, Keys> shared,
+template <class Type, int HeadDim, int Keys>
+__device__ void load_queries(Type type, const bf16_t* from, size_t stride, uint32_t rows, Layout<HeadDim, Keys> shared,
                              int group) {
   constexpr int kChunks = HeadDim / 8;
   for (int i = threadIdx.x % kGroup; i < kRows * kChunks; i += kGroup) {
     const int row = i / kChunks, chunk = i % kChunks;
     const bool there = row < static_cast<int>(rows);
-    copy_async(chunk_at(shared.queries(), shared.kQueryBlock, group * kRows + row, chunk),
-               from + (there ? row * stride + chunk * 8 : 0), there);
+    bring_queries(type, chunk_at(shared.queries(), shared.kQueryBlock, group * kRows + row, chunk),
+                  from + (there ? row * stride + chunk * 8 : 0), there);
   }
   commit_copies();
   wait_copies<0>();
@@ -94,13 +153,13 @@ __device__ void load_queries(const bf16_t* from, size_t stride, uint32_t rows, L
   asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kGroup) : "memory");
 }
 
-template <int HeadDim, int Keys>
-__device__ void consume(const Prefill& args, const PrefillWork& work, Layout<HeadDim, Keys> shared, Barriers& barriers,
-                        uint32_t first_key, int group) {
+template <class Type, int HeadDim, int Keys>
+__device__ void consume(Type type, const Prefill& args, const PrefillWork& work, Layout<HeadDim, Keys> shared,
+                        Barriers& barriers, uint32_t first_key, int group) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const uint32_t rows = min(uint32_t{kRows}, work.rows - group * kRows);
   const size_t at = work.at + group * kRows * work.stride;
-  load_queries(args.q + at, work.stride, rows, shared, group);
+  load_queries(type, args.q + at, work.stride, rows, shared, group);
 
   const Sight sight{work.position + group * kRows + warp * 16, args.window};
   // The last tile may be past all of this consumer's queries.
@@ -108,6 +167,7 @@ __device__ void consume(const Prefill& args, const PrefillWork& work, Layout<Hea
   float out[HeadDim / 8][4] = {}, scores[Keys / 8][4], shrink[2];
   uint32_t p[Keys / 16][4];
   RunningSoftmax softmax;
+  const ScoreScale score_scale = args.score_of(work.kv_head);
 
   auto start_scores = [&](uint32_t turn) {
     const uint32_t stage = turn % kStages;
@@ -117,7 +177,8 @@ __device__ void consume(const Prefill& args, const PrefillWork& work, Layout<Hea
 #pragma unroll
     for (int k = 0; k < HeadDim / 16; ++k)
       multiply_columns(
-          scores, operand(shared.queries() + k / 4 * shared.kQueryBlock + group * kRows * kRowBytes + k % 4 * 32, 0),
+          type, scores,
+          operand(shared.queries() + k / 4 * shared.kQueryBlock + group * kRows * kRowBytes + k % 4 * 32, 0),
           operand(shared.keys(stage) + k / 4 * shared.kKeyBlock + k % 4 * 32, 0), k > 0);
     commit_products();
   };
@@ -128,14 +189,14 @@ __device__ void consume(const Prefill& args, const PrefillWork& work, Layout<Hea
     begin_products();
 #pragma unroll
     for (int k = 0; k < Keys / 16; ++k)
-      multiply_rows(out, p[k], operand(shared.values(stage) + k * 16 * kRowBytes, shared.kKeyBlock), true);
+      multiply_rows(type, out, p[k], operand(shared.values(stage) + k * 16 * kRowBytes, shared.kKeyBlock), true);
     commit_products();
   };
   auto free = [&](Barrier& barrier) {
     if (lane == 0) arrive(barrier);
   };
   auto to_probabilities = [&](uint32_t turn) {
-    score(scores, args.score, sight, first_key + turn * Keys, lane);
+    score(scores, score_scale, sight, first_key + turn * Keys, lane);
     softmax.add(scores, shrink);
   };
 
@@ -145,7 +206,7 @@ __device__ void consume(const Prefill& args, const PrefillWork& work, Layout<Hea
   free(barriers.keys_empty[0]);
   to_probabilities(0);
 #pragma unroll
-  for (int k = 0; k < Keys / 16; ++k) narrow(p[k], scores, k);
+  for (int k = 0; k < Keys / 16; ++k) narrow(type, p[k], scores, k);
   for (uint32_t turn = 1; turn < tiles; ++turn) {
     pin(scores);
     start_scores(turn);
@@ -163,20 +224,26 @@ __device__ void consume(const Prefill& args, const PrefillWork& work, Layout<Hea
 #pragma unroll
       for (int i = 0; i < 4; ++i) fragment[i] *= shrink[i / 2];
 #pragma unroll
-    for (int k = 0; k < Keys / 16; ++k) narrow(p[k], scores, k);
+    for (int k = 0; k < Keys / 16; ++k) narrow(type, p[k], scores, k);
   }
   pin(out);
   start_out(tiles - 1);
   wait_products<0>();
   pin(out);
   const uint32_t mine = warp * 16;
-  store_rows(out, softmax, args.out + at + mine * work.stride, work.stride, mine < rows ? min(16u, rows - mine) : 0,
-             lane);
+  store_rows(out, softmax, args.out_factor(work.kv_head), args.out, at + mine * work.stride, work.stride,
+             mine < rows ? min(16u, rows - mine) : 0, lane);
 }
 
 #endif
 
-template <int HeadDim, int Keys>
+// Registers of a thread, of as many as the block was launched with: 168 each. A producer of FP8 holds what it converts.
+template <class Cache>
+constexpr int kProducerRegisters = sizeof(Cache) == 1 ? 88 : 40;
+template <class Cache>
+constexpr int kConsumerRegisters = (168 * (1 + kConsumers) - kProducerRegisters<Cache>) / kConsumers;
+
+template <int HeadDim, int Keys, class Cache>
 __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(Prefill args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ char memory[];
@@ -197,26 +264,32 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(Prefill args) {
   __syncthreads();
   const uint32_t first_key = work.first_key / Keys * Keys;
   if (threadIdx.x < kGroup) {
-    shrink_registers<40>();
-    produce<HeadDim, Keys>(args, work, shared, barriers, first_key);
+    shrink_registers<kProducerRegisters<Cache>>();
+    produce<HeadDim, Keys>(Cache{}, args, work, shared, barriers, first_key);
   } else {
-    grow_registers<232>();
+    grow_registers<kConsumerRegisters<Cache>>();
     const int group = threadIdx.x / kGroup - 1;
-    if (group < consumers) consume<HeadDim, Keys>(args, work, shared, barriers, first_key, group);
+    if (group < consumers) consume(typename CacheType<Cache>::Type{}, args, work, shared, barriers, first_key, group);
   }
 #endif
 }
 
-template <int HeadDim, int Keys>
+template <int HeadDim, int Keys, class Cache>
 bool launch(const Prefill& args, const Stream& stream) {
   constexpr int kBytes = Layout<HeadDim, Keys>::kBytes;
+  const auto kernel = prefill_kernel<HeadDim, Keys, Cache>;
   cudaFuncAttributes attributes;
-  GEMMA_CUDA_CHECK(cudaFuncGetAttributes(&attributes, prefill_kernel<HeadDim, Keys>));
+  GEMMA_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
   if (attributes.sharedSizeBytes == 0) return false;  // compiled without its body
-  GEMMA_CUDA_CHECK(
-      cudaFuncSetAttribute(prefill_kernel<HeadDim, Keys>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  launch_early(stream, dim3(args.heads, args.tiles), kThreads, kBytes, prefill_kernel<HeadDim, Keys>, args);
+  GEMMA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  launch_early(stream, dim3(args.heads, args.tiles), kThreads, kBytes, kernel, args);
   return true;
+}
+
+template <int HeadDim, int Keys>
+bool launch(const Prefill& args, const Stream& stream) {
+  return args.key_scales != nullptr ? launch<HeadDim, Keys, uint8_t>(args, stream)
+                                    : launch<HeadDim, Keys, bf16_t>(args, stream);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@ namespace gemma_cuda::cuda {
 namespace {
 
 constexpr int kLeastCapability = 80;
+constexpr int kLeastFp8Capability = 89;
 constexpr size_t kLeastCublasLt = 120200;
 
 std::string cuda_version(int version) {
@@ -49,6 +50,15 @@ std::string capability_problem(int index, int capability) {
   if (capability >= kLeastCapability) return {};
   return "cuda:" + std::to_string(index) + " is sm_" + std::to_string(capability) + "; bf16 needs sm_" +
          std::to_string(kLeastCapability) + " (Ampere) or newer. The device `reference` is the CPU";
+}
+
+std::string fp8_problem(int index, int capability) {
+  if (capability >= kLeastFp8Capability) return {};
+  return "cuda:" + std::to_string(index) + " is sm_" + std::to_string(capability) + "; FP8 needs sm_" +
+         std::to_string(kLeastFp8Capability) +
+         " (Ada, Hopper) or newer. The bf16 checkpoint this one was made of works there, and the device `reference` "
+         "(the "
+         "CPU) takes FP8 too";
 }
 
 std::string cublaslt_problem(size_t version) {

@@ -18,6 +18,9 @@ std::string index_problem(int index, int devices);
 // `capability` is 10 * major + minor.
 std::string capability_problem(int index, int capability);
 
+// For a model in FP8.
+std::string fp8_problem(int index, int capability);
+
 // `version` as cublasLtGetVersion() gives it (120304 is 12.3.4).
 std::string cublaslt_problem(size_t version);
 

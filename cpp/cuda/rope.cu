@@ -20,8 +20,10 @@ struct Rope {
   float eps;
   uint32_t heads, kv_heads, page_size;
   bf16_t* q;
-  bf16_t* keys;
-  bf16_t* values;
+  void* keys;  // bf16, or FP8 with scales
+  void* values;
+  const float* key_scales;
+  const float* value_scales;
 };
 
 // Where the token's row of this K/V head begins.
@@ -31,7 +33,20 @@ __device__ size_t cache_row(const Rope& args, uint32_t slot, uint32_t kv_head) {
   return ((page * args.kv_heads + kv_head) * args.page_size + slot % args.page_size) * HeadDim;
 }
 
+// A pair of elements, HeadDim / 2 apart.
 template <int HeadDim>
+__device__ void store_pair(bf16_t* to, float low, float high) {
+  to[0] = __float2bfloat16_rn(low);
+  to[HeadDim / 2] = __float2bfloat16_rn(high);
+}
+template <int HeadDim>
+__device__ void store_pair(uint8_t* to, float low, float high) {
+  const uint32_t both = narrow_e4m3(low, high);
+  to[0] = static_cast<uint8_t>(both);
+  to[HeadDim / 2] = static_cast<uint8_t>(both >> 8);
+}
+
+template <int HeadDim, class Cache>
 __global__ void __launch_bounds__(kWarps * 32) rope_kernel(Rope args) {
   constexpr int kHalf = HeadDim / 2, kPairs = (kHalf + 31) / 32;
   allow_next();
@@ -75,19 +90,24 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kernel(Rope args) {
       low[i] = rotated;
     }
   }
-  bf16_t* out;
-  if (query)
-    out = args.q + (size_t{token} * args.heads + head) * HeadDim;
-  else
-    out = (value ? args.values : args.keys) +
-          cache_row<HeadDim>(args, args.slots[token], (head - args.heads) % args.kv_heads);
+  const auto store = [&](auto* out, float factor) {
 #pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    const uint32_t at = i * 32 + lane;
-    if (at >= kHalf) continue;
-    out[at] = __float2bfloat16_rn(low[i]);
-    out[at + kHalf] = __float2bfloat16_rn(high[i]);
-  }
+    for (int i = 0; i < kPairs; ++i) {
+      const uint32_t at = i * 32 + lane;
+      if (at < kHalf) store_pair<HeadDim>(out + at, low[i] * factor, high[i] * factor);
+    }
+  };
+  if (query) return store(args.q + (size_t{token} * args.heads + head) * HeadDim, 1.0f);
+  const uint32_t kv_head = (head - args.heads) % args.kv_heads;
+  const float* scales = value ? args.value_scales : args.key_scales;
+  store(static_cast<Cache*>(value ? args.values : args.keys) + cache_row<HeadDim>(args, args.slots[token], kv_head),
+        scales != nullptr ? 1.0f / scales[kv_head] : 1.0f);
+}
+
+template <int HeadDim>
+void launch(const Rope& rope, dim3 grid, DType cache, const Stream& stream) {
+  launch_early(stream, grid, kWarps * 32, 0,
+               cache == DType::e4m3 ? rope_kernel<HeadDim, uint8_t> : rope_kernel<HeadDim, bf16_t>, rope);
 }
 
 }  // namespace
@@ -104,15 +124,17 @@ void rope(const RopeArgs& args, const Stream& stream) {
                   args.cache.kv_heads,
                   args.cache.page_size,
                   static_cast<bf16_t*>(args.q),
-                  static_cast<bf16_t*>(args.cache.keys),
-                  static_cast<bf16_t*>(args.cache.values)};
+                  args.cache.keys,
+                  args.cache.values,
+                  args.cache.key_scales,
+                  args.cache.value_scales};
   const dim3 grid(args.tokens, (args.heads + 2 * args.cache.kv_heads + kWarps - 1) / kWarps);
   switch (args.cache.head_dim) {
-    case 16: launch_early(stream, grid, kWarps * 32, 0, rope_kernel<16>, rope); break;
-    case 32: launch_early(stream, grid, kWarps * 32, 0, rope_kernel<32>, rope); break;
-    case 64: launch_early(stream, grid, kWarps * 32, 0, rope_kernel<64>, rope); break;
-    case 128: launch_early(stream, grid, kWarps * 32, 0, rope_kernel<128>, rope); break;
-    case 256: launch_early(stream, grid, kWarps * 32, 0, rope_kernel<256>, rope); break;
+    case 16: return launch<16>(rope, grid, args.cache.dtype, stream);
+    case 32: return launch<32>(rope, grid, args.cache.dtype, stream);
+    case 64: return launch<64>(rope, grid, args.cache.dtype, stream);
+    case 128: return launch<128>(rope, grid, args.cache.dtype, stream);
+    case 256: return launch<256>(rope, grid, args.cache.dtype, stream);
     default: throw Error::invalid_argument("head_dim " + std::to_string(args.cache.head_dim) + " has no CUDA kernel");
   }
 }

@@ -1,12 +1,12 @@
-// out [tokens, n] = x [tokens, k] w [n, k]^T in bf16 with f32 sums, for up to 64 tokens: the products of a small decode
-// step. Reading w takes all the time, so everything here keeps the memory busy, from before the first instruction that
-// needs x to after the last product.
+// out [tokens, n] = x [tokens, k] w [n, k]^T in bf16 or FP8 with f32 sums, for up to 64 tokens: the products of a small
+// decode step. Reading w takes all the time, so everything here keeps the memory busy, from before the first
+// instruction that needs x to after the last product.
 //
 // Operands are swapped: 64 rows of w are the fixed side of a warpgroup's product, the tokens its flexible one, so few
 // tokens cost little. A block multiplies tiles of 128 rows of w, two warpgroups of 64 each. A thread of a ninth warp
-// brings w and x in slots of 64 columns by tensor copies to a ring of as many slots as shared memory holds; barriers
-// tell the products which slot is full and the copies which is empty again. The weights depend on no kernel: the ring
-// is full of them before the kernel before has ended (programmatic dependent launch).
+// brings w and x in slots of 128 bytes of a row by tensor copies to a ring of as many slots as shared memory holds;
+// barriers tell the products which slot is full and the copies which is empty again. The weights depend on no kernel:
+// the ring is full of them before the kernel before has ended (programmatic dependent launch).
 //
 // As many tiles as there are multiprocessors, or a multiple, are computed whole, one block each. The slots of the
 // others, in order, are cut into one even run a block, which it takes first (stream-K), so that no multiprocessor is
@@ -25,6 +25,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/barrier.cuh"
 #include "cuda/check.h"
@@ -41,8 +42,7 @@ constexpr int kGroups = 2;   // that multiply
 constexpr int kThreads = kGroups * kGroup + 32;
 constexpr uint32_t kGroupRows = 64;  // of w, for each
 constexpr uint32_t kTileRows = kGroups * kGroupRows;
-constexpr uint32_t kSlotColumns = 64;  // 128 bytes
-constexpr uint32_t kRowBytes = 128;
+constexpr uint32_t kRowBytes = 128;  // of a slot
 constexpr uint32_t kWeightBytes = kTileRows * kRowBytes;
 constexpr uint32_t kRingBytes = 208 << 10;  // leaves the kernels beside it some
 constexpr uint32_t kMaxSlots = 16;
@@ -53,9 +53,15 @@ constexpr uint32_t kSlotBytes = kWeightBytes + Tokens* kRowBytes;
 template <int Tokens>
 constexpr uint32_t kSlots = std::min(kMaxSlots, kRingBytes / kSlotBytes<Tokens>);
 
+template <class Type>
+constexpr uint32_t kSlotColumns = std::is_same_v<Type, E4m3> ? kRowBytes : kRowBytes / 2;
+
 struct SkinnyGemm {
-  void* out;  // f32 or bf16
-  bool wide;  // f32
+  void* out;              // f32 or bf16
+  bool wide;              // f32
+  const float* w_scales;  // FP8: of the rows of w
+  const float* x_scales;  // FP8: of the tokens, or one for all
+  bool one_x_scale;
   uint32_t tokens, n;
   uint32_t depth;      // slots of a tile
   uint32_t cut_tiles;  // they come first
@@ -94,7 +100,7 @@ __device__ inline void copy_box(uint32_t to, const CUtensorMap& map, uint32_t ro
       : "memory");
 }
 
-template <int Tokens>
+template <int Tokens, class Type>
 __device__ void produce(const SkinnyGemm& args, const CUtensorMap& w, const CUtensorMap& x, uint32_t ring,
                         Barriers& barriers) {
   const uint32_t begin = first_slot(args, blockIdx.x), cut = first_slot(args, blockIdx.x + 1) - begin,
@@ -102,7 +108,7 @@ __device__ void produce(const SkinnyGemm& args, const CUtensorMap& w, const CUte
   auto row = [&](uint32_t i) {
     return kTileRows * (i < cut ? (begin + i) / args.depth : whole_tile(args, (i - cut) / args.depth));
   };
-  auto column = [&](uint32_t i) { return kSlotColumns * ((i < cut ? begin + i : i - cut) % args.depth); };
+  auto column = [&](uint32_t i) { return kSlotColumns<Type> * ((i < cut ? begin + i : i - cut) % args.depth); };
   auto at = [&](uint32_t i) { return ring + i % kSlots<Tokens> * kSlotBytes<Tokens>; };
   auto bring_weights = [&](uint32_t i) {
     Barrier& full = barriers.full[i % kSlots<Tokens>];
@@ -193,6 +199,29 @@ __device__ bool join_parts(float (&sums)[N][4], const SkinnyGemm& args, uint32_t
   return true;
 }
 
+// What the thread's sums of FP8 products are multiplied by: of its rows of w, known before they are needed, and of x.
+struct Scales {
+  float w[2];
+
+  __device__ Scales(const SkinnyGemm& args, uint32_t tile) {
+    const uint32_t row = tile * kTileRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      w[i] = args.w_scales != nullptr && row + 8 * i < args.n ? args.w_scales[row + 8 * i] : 1;
+  }
+  template <int N>
+  __device__ void apply(float (&sums)[N][4], const SkinnyGemm& args) const {
+    if (args.w_scales == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t token = 8 * i + threadIdx.x % 4 * 2 + e % 2;
+        sums[i][e] *= w[e / 2] * args.x_scales[args.one_x_scale ? 0 : min(token, args.tokens - 1)];
+      }
+  }
+};
+
 // Fragments: a thread has two rows of w, and of every eight tokens two that follow each other. Eight lanes have
 // consecutive rows of w, which are consecutive in out.
 template <int N>
@@ -212,7 +241,16 @@ __device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, uint32_
     }
 }
 
-template <int Tokens>
+// Sums of E4M3 are added up outside the tensor cores, which would not keep them in full, every slot.
+template <int N>
+__device__ void add(float (&sums)[N][4], const float (&more)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[i][j] += more[i][j];
+}
+
+template <int Tokens, class Type>
 __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barriers) {
   const int group = threadIdx.x / kGroup, lane = threadIdx.x % 32;
   const uint32_t begin = first_slot(args, blockIdx.x), end = first_slot(args, blockIdx.x + 1);
@@ -221,39 +259,66 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
   };
   uint32_t slot = 0, parity = 0;
   float sums[Tokens / 8][4];
-  auto add_slots = [&](uint32_t count) {
-    for (uint32_t i = 0; i < count; ++i) {
-      wait(barriers.full[slot], parity);
-      const uint32_t weights = ring + slot * kSlotBytes<Tokens>, x = weights + kWeightBytes;
-      begin_products();
+  auto start_slot = [&](float(&to)[Tokens / 8][4], bool keep) {
+    wait(barriers.full[slot], parity);
+    const uint32_t weights = ring + slot * kSlotBytes<Tokens>, x = weights + kWeightBytes;
+    begin_products();
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        multiply_columns(sums, operand(weights + group * kGroupRows * kRowBytes + 32 * k, 0), operand(x + 32 * k, 0),
-                         i > 0 || k > 0);
-      commit_products();
-      wait_products<1>();  // those of the slot before
-      if (i > 0) free((slot + kSlots<Tokens> - 1) % kSlots<Tokens>);
-      if (++slot == kSlots<Tokens>) slot = 0, parity ^= 1;
+    for (int k = 0; k < 4; ++k)
+      multiply_columns(Type{}, to, operand(weights + group * kGroupRows * kRowBytes + 32 * k, 0),
+                       operand(x + 32 * k, 0), keep || k > 0);
+    commit_products();
+  };
+  auto next_slot = [&] {
+    if (++slot == kSlots<Tokens>) slot = 0, parity ^= 1;
+  };
+  auto add_slots = [&](uint32_t count) {
+    if constexpr (std::is_same_v<Type, E4m3>) {
+#pragma unroll
+      for (auto& fragment : sums) fragment[0] = fragment[1] = fragment[2] = fragment[3] = 0;
+      for (uint32_t i = 0; i < count; ++i) {
+        float part[Tokens / 8][4];
+        start_slot(part, false);
+        wait_products<0>();
+        pin(part);
+        free(slot);
+        add(sums, part);
+        next_slot();
+      }
+    } else {
+      for (uint32_t i = 0; i < count; ++i) {
+        start_slot(sums, i > 0);
+        wait_products<1>();  // those of the slot before
+        if (i > 0) free((slot + kSlots<Tokens> - 1) % kSlots<Tokens>);
+        next_slot();
+      }
+      wait_products<0>();
+      pin(sums);
+      free((slot + kSlots<Tokens> - 1) % kSlots<Tokens>);
     }
-    wait_products<0>();
-    pin(sums);
-    free((slot + kSlots<Tokens> - 1) % kSlots<Tokens>);
   };
   for (uint32_t at = begin; at < end;) {
     const uint32_t tile = at / args.depth, count = min((tile + 1) * args.depth, end) - at;
+    const Scales scales(args, tile);
     add_slots(count);
-    if (count == args.depth || join_parts(sums, args, tile, group)) store(sums, args, tile);
+    if (count == args.depth || join_parts(sums, args, tile, group)) {
+      scales.apply(sums, args);
+      store(sums, args, tile);
+    }
     at += count;
   }
   for (uint32_t i = 0; i < args.whole; ++i) {
+    const uint32_t tile = whole_tile(args, i);
+    const Scales scales(args, tile);
     add_slots(args.depth);
-    store(sums, args, whole_tile(args, i));
+    scales.apply(sums, args);
+    store(sums, args, tile);
   }
 }
 
 #endif
 
-template <int Tokens>
+template <int Tokens, class Type>
 __global__ void __launch_bounds__(kThreads, 1)
     skinny_gemm_kernel(const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap x, SkinnyGemm args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -270,17 +335,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x < kGroups * kGroup)
-    consume<Tokens>(args, ring, barriers);
+    consume<Tokens, Type>(args, ring, barriers);
   else if (threadIdx.x == kGroups * kGroup)
-    produce<Tokens>(args, w, x, ring, barriers);
+    produce<Tokens, Type>(args, w, x, ring, barriers);
 #endif
 }
 
-template <int Tokens>
 bool compiled() {
   static const bool found = [] {
     cudaFuncAttributes attributes;
-    GEMMA_CUDA_CHECK(cudaFuncGetAttributes(&attributes, skinny_gemm_kernel<Tokens>));
+    GEMMA_CUDA_CHECK(cudaFuncGetAttributes(&attributes, skinny_gemm_kernel<8, Bf16>));
     return attributes.sharedSizeBytes > 0;  // else it has no body
   }();
   return found;
@@ -288,14 +352,17 @@ bool compiled() {
 
 uint32_t tiles(const GemmArgs& args) { return (args.w.rows + kTileRows - 1) / kTileRows; }
 
-template <int Tokens>
+template <int Tokens, class Type>
 void launch(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals, const Stream& stream) {
   SkinnyGemm work{};
   work.out = args.out;
   work.wide = args.out_dtype == DType::f32;
+  work.w_scales = args.w.scales;
+  work.x_scales = args.x_scale.scale != nullptr ? args.x_scale.scale : args.x_scale.row_scales;
+  work.one_x_scale = args.x_scale.scale != nullptr;
   work.tokens = args.tokens;
   work.n = args.w.rows;
-  work.depth = (args.w.cols + kSlotColumns - 1) / kSlotColumns;
+  work.depth = (args.w.cols + kSlotColumns<Type> - 1) / kSlotColumns<Type>;
   work.partials = static_cast<float4*>(partials);
   work.arrivals = arrivals;
   const uint32_t blocks =
@@ -305,11 +372,20 @@ void launch(const GemmArgs& args, const DeviceInfo& device, void* partials, uint
   if (work.whole > 0 && tiles(args) % blocks < blocks / 2) --work.whole;
   work.cut_tiles = tiles(args) - work.whole * blocks;
   constexpr uint32_t kBytes = kSlots<Tokens> * kSlotBytes<Tokens> + 1024;  // to begin at a multiple of it
-  GEMMA_CUDA_CHECK(
-      cudaFuncSetAttribute(skinny_gemm_kernel<Tokens>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  launch_early(stream, blocks, kThreads, kBytes, skinny_gemm_kernel<Tokens>,
-               tensor_map(args.w.data, args.w.rows, args.w.cols, kTileRows),
-               tensor_map(args.x, args.tokens, args.w.cols, Tokens), work);
+  const auto kernel = skinny_gemm_kernel<Tokens, Type>;
+  GEMMA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  launch_early(stream, blocks, kThreads, kBytes, kernel,
+               tensor_map(args.w.data, args.w.dtype, args.w.rows, args.w.cols, kTileRows),
+               tensor_map(args.x, args.w.dtype, args.tokens, args.w.cols, Tokens), work);
+}
+
+template <class Type>
+void launch(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals, const Stream& stream) {
+  const auto run = args.tokens <= 8    ? launch<8, Type>
+                   : args.tokens <= 16 ? launch<16, Type>
+                   : args.tokens <= 32 ? launch<32, Type>
+                                       : launch<64, Type>;
+  run(args, device, partials, arrivals, stream);
 }
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
@@ -317,18 +393,16 @@ bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 =
 }  // namespace
 
 bool skinny_gemm_fits(const GemmArgs& args, const DeviceInfo& device) {
-  return device.capability == 90 && args.tokens <= kSkinnyTokens && args.w.dtype == DType::bf16 &&
-         args.w.cols % 8 == 0 && tiles(args) * kGroups * sizeof(uint32_t) <= kSkinnyArrivalBytes &&
-         aligned(args.w.data) && aligned(args.x) && compiled<8>();
+  return device.capability == 90 && args.tokens <= kSkinnyTokens && args.w.dtype != DType::f32 &&
+         args.w.cols * size_of(args.w.dtype) % 16 == 0 &&
+         tiles(args) * kGroups * sizeof(uint32_t) <= kSkinnyArrivalBytes && aligned(args.w.data) && aligned(args.x) &&
+         compiled();
 }
 
 void skinny_gemm(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals,
                  const Stream& stream) {
-  const auto run = args.tokens <= 8    ? launch<8>
-                   : args.tokens <= 16 ? launch<16>
-                   : args.tokens <= 32 ? launch<32>
-                                       : launch<64>;
-  run(args, device, partials, arrivals, stream);
+  args.w.dtype == DType::e4m3 ? launch<E4m3>(args, device, partials, arrivals, stream)
+                              : launch<Bf16>(args, device, partials, arrivals, stream);
 }
 
 size_t skinny_partial_bytes(const DeviceInfo& device) {

@@ -74,27 +74,50 @@ struct RunningSoftmax {
 };
 
 // The C fragments of columns 16 k to 16 k + 15 as the A fragment of the next product.
-template <int N>
-__device__ void narrow(uint32_t (&a)[4], const float (&c)[N][4], int k) {
-  a[0] = pack(c[2 * k][0], c[2 * k][1]);
-  a[1] = pack(c[2 * k][2], c[2 * k][3]);
-  a[2] = pack(c[2 * k + 1][0], c[2 * k + 1][1]);
-  a[3] = pack(c[2 * k + 1][2], c[2 * k + 1][3]);
+template <class Type, int N>
+__device__ void narrow(Type, uint32_t (&a)[4], const float (&c)[N][4], int k) {
+  a[0] = Type::pack(c[2 * k][0], c[2 * k][1]);
+  a[1] = Type::pack(c[2 * k][2], c[2 * k][3]);
+  a[2] = Type::pack(c[2 * k + 1][0], c[2 * k + 1][1]);
+  a[3] = Type::pack(c[2 * k + 1][2], c[2 * k + 1][3]);
 }
 
-// Writes a warp's rows of `out`, each divided by its mass; `rows` of them are there.
+// Where a result goes, as bf16, or as E4M3 of what `factor` times it is.
+struct AttentionOut {
+  void* data;
+  const float* scale;  // null: bf16
+
+  __device__ float factor() const { return scale != nullptr ? 1.0f / *scale : 1.0f; }
+  // Neighbours, from element `at` on.
+  __device__ void store(size_t at, float2 x) const {
+    if (scale != nullptr)
+      *reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(data) + at) = static_cast<uint16_t>(narrow_e4m3(x.x, x.y));
+    else
+      *reinterpret_cast<uint32_t*>(static_cast<bf16_t*>(data) + at) = Bf16::pack(x.x, x.y);
+  }
+  __device__ void store(size_t at, float4 x) const {
+    if (scale != nullptr)
+      *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(data) + at) = narrow_e4m3(x.x, x.y) | narrow_e4m3(x.z, x.w)
+                                                                                                   << 16;
+    else
+      *reinterpret_cast<uint2*>(static_cast<bf16_t*>(data) + at) =
+          make_uint2(Bf16::pack(x.x, x.y), Bf16::pack(x.z, x.w));
+  }
+};
+
+// Writes a warp's rows, each times `factor` over its mass, from element `at` of the result on; `rows` are there.
 template <int N>
-__device__ void store_rows(const float (&out)[N][4], const RunningSoftmax& softmax, bf16_t* to, size_t stride,
-                           uint32_t rows, int lane) {
+__device__ void store_rows(const float (&out)[N][4], const RunningSoftmax& softmax, float factor,
+                           const AttentionOut& to, size_t at, size_t stride, uint32_t rows, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float inverse = 1 / softmax.mass(half);
+    const float inverse = factor / softmax.mass(half);
     const uint32_t row = lane / 4 + 8 * half;
     if (row >= rows) continue;
 #pragma unroll
     for (int n = 0; n < N; ++n)
-      *reinterpret_cast<uint32_t*>(to + row * stride + n * 8 + lane % 4 * 2) =
-          pack(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
+      to.store(at + row * stride + n * 8 + lane % 4 * 2,
+               make_float2(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse));
   }
 }
 

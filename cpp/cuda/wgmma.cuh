@@ -1,10 +1,12 @@
-// Warpgroup products of sm_90a (wgmma): 64 rows by N columns by 16, a warpgroup of 128 threads together, run while the
-// threads go on. Operands lie in shared memory in blocks of 64 columns, 128 bytes a row, whose 16-byte chunks are at
+// Warpgroup products of sm_90a (wgmma): 64 rows by N columns by 32 bytes, a warpgroup of 128 threads together, run
+// while the threads go on. Operands lie in shared memory in blocks of 128 bytes a row, whose 16-byte chunks are at
 // chunk ^ (row % 8); a block begins at a multiple of 1024 bytes. Results have the fragments of mma.cuh, each warp 16 of
 // the rows. To be used only where __CUDA_ARCH_FEAT_SM90_ALL is defined.
 #pragma once
 
 #include <cstdint>
+
+#include "cuda/mma.cuh"
 
 namespace gemma_cuda::cuda {
 
@@ -46,135 +48,109 @@ __device__ inline void grow_registers() {
 }
 
 // multiply_columns: d (+)= a b^T, both along their columns in shared memory. multiply_rows: d += a b, a in registers,
-// b's rows being the inner dimension. `keep` false: d is overwritten.
-#define GEMMA_CUDA_FRAGMENT(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
+// b's rows being the inner dimension. `keep` false: d is overwritten. The first argument says what a and b are; sums
+// are float32, but of E4M3 the tensor cores keep only some 14 bits while they add.
+#define GEMMA_CUDA_D4 "%0, %1, %2, %3"
+#define GEMMA_CUDA_D8 \
+  GEMMA_CUDA_D4       \
+      ", "            \
+      "%4, %5, %6, %7"
+#define GEMMA_CUDA_D16 \
+  GEMMA_CUDA_D8        \
+      ", "             \
+      "%8, %9, %10, %11, %12, %13, %14, %15"
+#define GEMMA_CUDA_D32 \
+  GEMMA_CUDA_D16       \
+      ", "             \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define GEMMA_CUDA_D40 \
+  GEMMA_CUDA_D32       \
+      ", "             \
+      "%32, %33, %34, %35, %36, %37, %38, %39"
+#define GEMMA_CUDA_D64                                                                   \
+  GEMMA_CUDA_D40                                                                         \
+      ", "                                                                               \
+      "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, " \
+      "%56, %57, %58, %59, %60, %61, %62, %63"
+#define GEMMA_CUDA_D128                                                                              \
+  GEMMA_CUDA_D64                                                                                     \
+      ", "                                                                                           \
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-__device__ inline void multiply_columns(float (&d)[1][4], uint64_t a, uint64_t b, bool keep) {
-  asm volatile(
-      "{.reg .pred keep; setp.ne.b32 keep, %6, 0; "
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3}, "
-      "%4, %5, keep, 1, 1, 0, 0;}"
-      : GEMMA_CUDA_FRAGMENT(d[0])
-      : "l"(a), "l"(b), "r"(int{keep}));
-}
-__device__ inline void multiply_columns(float (&d)[2][4], uint64_t a, uint64_t b, bool keep) {
-  asm volatile(
-      "{.reg .pred keep; setp.ne.b32 keep, %10, 0; "
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7}, "
-      "%8, %9, keep, 1, 1, 0, 0;}"
-      : GEMMA_CUDA_FRAGMENT(d[0]), GEMMA_CUDA_FRAGMENT(d[1])
-      : "l"(a), "l"(b), "r"(int{keep}));
-}
-__device__ inline void multiply_columns(float (&d)[4][4], uint64_t a, uint64_t b, bool keep) {
-  asm volatile(
-      "{.reg .pred keep; setp.ne.b32 keep, %18, 0; "
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, "
-      "%8, %9, %10, %11, %12, %13, %14, %15}, "
-      "%16, %17, keep, 1, 1, 0, 0;}"
-      : GEMMA_CUDA_FRAGMENT(d[0]), GEMMA_CUDA_FRAGMENT(d[1]), GEMMA_CUDA_FRAGMENT(d[2]), GEMMA_CUDA_FRAGMENT(d[3])
-      : "l"(a), "l"(b), "r"(int{keep}));
-}
-__device__ inline void multiply_columns(float (&d)[8][4], uint64_t a, uint64_t b, bool keep) {
-  asm volatile(
-      "{.reg .pred keep; setp.ne.b32 keep, %34, 0; "
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, "
-      "%8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, "
-      "%24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, keep, 1, 1, 0, 0;}"
-      : GEMMA_CUDA_FRAGMENT(d[0]), GEMMA_CUDA_FRAGMENT(d[1]), GEMMA_CUDA_FRAGMENT(d[2]), GEMMA_CUDA_FRAGMENT(d[3]),
-        GEMMA_CUDA_FRAGMENT(d[4]), GEMMA_CUDA_FRAGMENT(d[5]), GEMMA_CUDA_FRAGMENT(d[6]), GEMMA_CUDA_FRAGMENT(d[7])
-      : "l"(a), "l"(b), "r"(int{keep}));
-}
-__device__ inline void multiply_columns(float (&d)[10][4], uint64_t a, uint64_t b, bool keep) {
-  asm volatile(
-      "{.reg .pred keep; setp.ne.b32 keep, %42, 0; "
-      "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, "
-      "%8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, "
-      "%24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39}, "
-      "%40, %41, keep, 1, 1, 0, 0;}"
-      : GEMMA_CUDA_FRAGMENT(d[0]), GEMMA_CUDA_FRAGMENT(d[1]), GEMMA_CUDA_FRAGMENT(d[2]), GEMMA_CUDA_FRAGMENT(d[3]),
-        GEMMA_CUDA_FRAGMENT(d[4]), GEMMA_CUDA_FRAGMENT(d[5]), GEMMA_CUDA_FRAGMENT(d[6]), GEMMA_CUDA_FRAGMENT(d[7]),
-        GEMMA_CUDA_FRAGMENT(d[8]), GEMMA_CUDA_FRAGMENT(d[9])
-      : "l"(a), "l"(b), "r"(int{keep}));
-}
-__device__ inline void multiply_columns(float (&d)[16][4], uint64_t a, uint64_t b, bool keep) {
-  asm volatile(
-      "{.reg .pred keep; setp.ne.b32 keep, %66, 0; "
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, "
-      "%8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, "
-      "%24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, "
-      "%40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, "
-      "%56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, keep, 1, 1, 0, 0;}"
-      : GEMMA_CUDA_FRAGMENT(d[0]), GEMMA_CUDA_FRAGMENT(d[1]), GEMMA_CUDA_FRAGMENT(d[2]), GEMMA_CUDA_FRAGMENT(d[3]),
-        GEMMA_CUDA_FRAGMENT(d[4]), GEMMA_CUDA_FRAGMENT(d[5]), GEMMA_CUDA_FRAGMENT(d[6]), GEMMA_CUDA_FRAGMENT(d[7]),
-        GEMMA_CUDA_FRAGMENT(d[8]), GEMMA_CUDA_FRAGMENT(d[9]), GEMMA_CUDA_FRAGMENT(d[10]), GEMMA_CUDA_FRAGMENT(d[11]),
-        GEMMA_CUDA_FRAGMENT(d[12]), GEMMA_CUDA_FRAGMENT(d[13]), GEMMA_CUDA_FRAGMENT(d[14]), GEMMA_CUDA_FRAGMENT(d[15])
-      : "l"(a), "l"(b), "r"(int{keep}));
-}
-__device__ inline void multiply_rows(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool keep) {
-  asm volatile(
-      "{.reg .pred keep; setp.ne.b32 keep, %69, 0; "
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, "
-      "%8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, "
-      "%24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, "
-      "%40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, "
-      "%56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, keep, 1, 1, 1;}"
-      : GEMMA_CUDA_FRAGMENT(d[0]), GEMMA_CUDA_FRAGMENT(d[1]), GEMMA_CUDA_FRAGMENT(d[2]), GEMMA_CUDA_FRAGMENT(d[3]),
-        GEMMA_CUDA_FRAGMENT(d[4]), GEMMA_CUDA_FRAGMENT(d[5]), GEMMA_CUDA_FRAGMENT(d[6]), GEMMA_CUDA_FRAGMENT(d[7]),
-        GEMMA_CUDA_FRAGMENT(d[8]), GEMMA_CUDA_FRAGMENT(d[9]), GEMMA_CUDA_FRAGMENT(d[10]), GEMMA_CUDA_FRAGMENT(d[11]),
-        GEMMA_CUDA_FRAGMENT(d[12]), GEMMA_CUDA_FRAGMENT(d[13]), GEMMA_CUDA_FRAGMENT(d[14]), GEMMA_CUDA_FRAGMENT(d[15])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
-}
-__device__ inline void multiply_rows(float (&d)[32][4], const uint32_t (&a)[4], uint64_t b, bool keep) {
-  asm volatile(
-      "{.reg .pred keep; setp.ne.b32 keep, %133, 0; "
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, "
-      "%8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, "
-      "%24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, "
-      "%40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, "
-      "%56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, "
-      "%72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, "
-      "%88, %89, %90, %91, %92, %93, %94, %95, "
-      "%96, %97, %98, %99, %100, %101, %102, %103, "
-      "%104, %105, %106, %107, %108, %109, %110, %111, "
-      "%112, %113, %114, %115, %116, %117, %118, %119, "
-      "%120, %121, %122, %123, %124, %125, %126, %127}, "
-      "{%128, %129, %130, %131}, %132, keep, 1, 1, 1;}"
-      : GEMMA_CUDA_FRAGMENT(d[0]), GEMMA_CUDA_FRAGMENT(d[1]), GEMMA_CUDA_FRAGMENT(d[2]), GEMMA_CUDA_FRAGMENT(d[3]),
-        GEMMA_CUDA_FRAGMENT(d[4]), GEMMA_CUDA_FRAGMENT(d[5]), GEMMA_CUDA_FRAGMENT(d[6]), GEMMA_CUDA_FRAGMENT(d[7]),
-        GEMMA_CUDA_FRAGMENT(d[8]), GEMMA_CUDA_FRAGMENT(d[9]), GEMMA_CUDA_FRAGMENT(d[10]), GEMMA_CUDA_FRAGMENT(d[11]),
-        GEMMA_CUDA_FRAGMENT(d[12]), GEMMA_CUDA_FRAGMENT(d[13]), GEMMA_CUDA_FRAGMENT(d[14]), GEMMA_CUDA_FRAGMENT(d[15]),
-        GEMMA_CUDA_FRAGMENT(d[16]), GEMMA_CUDA_FRAGMENT(d[17]), GEMMA_CUDA_FRAGMENT(d[18]), GEMMA_CUDA_FRAGMENT(d[19]),
-        GEMMA_CUDA_FRAGMENT(d[20]), GEMMA_CUDA_FRAGMENT(d[21]), GEMMA_CUDA_FRAGMENT(d[22]), GEMMA_CUDA_FRAGMENT(d[23]),
-        GEMMA_CUDA_FRAGMENT(d[24]), GEMMA_CUDA_FRAGMENT(d[25]), GEMMA_CUDA_FRAGMENT(d[26]), GEMMA_CUDA_FRAGMENT(d[27]),
-        GEMMA_CUDA_FRAGMENT(d[28]), GEMMA_CUDA_FRAGMENT(d[29]), GEMMA_CUDA_FRAGMENT(d[30]), GEMMA_CUDA_FRAGMENT(d[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
-}
+#define GEMMA_CUDA_FRAGMENT(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define GEMMA_CUDA_F1 GEMMA_CUDA_FRAGMENT(0)
+#define GEMMA_CUDA_F2 GEMMA_CUDA_F1, GEMMA_CUDA_FRAGMENT(1)
+#define GEMMA_CUDA_F4 GEMMA_CUDA_F2, GEMMA_CUDA_FRAGMENT(2), GEMMA_CUDA_FRAGMENT(3)
+#define GEMMA_CUDA_F8 \
+  GEMMA_CUDA_F4, GEMMA_CUDA_FRAGMENT(4), GEMMA_CUDA_FRAGMENT(5), GEMMA_CUDA_FRAGMENT(6), GEMMA_CUDA_FRAGMENT(7)
+#define GEMMA_CUDA_F10 GEMMA_CUDA_F8, GEMMA_CUDA_FRAGMENT(8), GEMMA_CUDA_FRAGMENT(9)
+#define GEMMA_CUDA_F16                                                                                                \
+  GEMMA_CUDA_F10, GEMMA_CUDA_FRAGMENT(10), GEMMA_CUDA_FRAGMENT(11), GEMMA_CUDA_FRAGMENT(12), GEMMA_CUDA_FRAGMENT(13), \
+      GEMMA_CUDA_FRAGMENT(14), GEMMA_CUDA_FRAGMENT(15)
+#define GEMMA_CUDA_F32                                                                                                \
+  GEMMA_CUDA_F16, GEMMA_CUDA_FRAGMENT(16), GEMMA_CUDA_FRAGMENT(17), GEMMA_CUDA_FRAGMENT(18), GEMMA_CUDA_FRAGMENT(19), \
+      GEMMA_CUDA_FRAGMENT(20), GEMMA_CUDA_FRAGMENT(21), GEMMA_CUDA_FRAGMENT(22), GEMMA_CUDA_FRAGMENT(23),             \
+      GEMMA_CUDA_FRAGMENT(24), GEMMA_CUDA_FRAGMENT(25), GEMMA_CUDA_FRAGMENT(26), GEMMA_CUDA_FRAGMENT(27),             \
+      GEMMA_CUDA_FRAGMENT(28), GEMMA_CUDA_FRAGMENT(29), GEMMA_CUDA_FRAGMENT(30), GEMMA_CUDA_FRAGMENT(31)
 
+#define GEMMA_CUDA_COLUMNS(Type, n, k, types, tail, a_at, b_at, keep_at, registers, fragments)                     \
+  __device__ inline void multiply_columns(Type, float(&d)[n / 8][4], uint64_t a, uint64_t b, bool keep) {          \
+    asm volatile("{.reg .pred keep; setp.ne.b32 keep, " keep_at ", 0; wgmma.mma_async.sync.aligned.m64n" #n "k" #k \
+                 ".f32." types " {" registers "}, " a_at ", " b_at ", keep, 1, 1" tail ";}"                        \
+                 : fragments                                                                                       \
+                 : "l"(a), "l"(b), "r"(int{keep}));                                                                \
+  }
+
+#define GEMMA_CUDA_ROWS(Type, n, types, a_at, b_at, keep_at, registers, fragments)                                \
+  __device__ inline void multiply_rows(Type, float(&d)[n / 8][4], const uint32_t(&a)[4], uint64_t b, bool keep) { \
+    asm volatile("{.reg .pred keep; setp.ne.b32 keep, " keep_at ", 0; wgmma.mma_async.sync.aligned.m64n" #n       \
+                 "k16.f32." types " {" registers "}, {" a_at "}, " b_at ", keep, 1, 1, 1;}"                       \
+                 : fragments                                                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));                           \
+  }
+
+// Of a few tokens, or a tile of keys.
+#define GEMMA_CUDA_ALL_COLUMNS(Type, k, types, tail)                                                 \
+  GEMMA_CUDA_COLUMNS(Type, 8, k, types, tail, "%4", "%5", "%6", GEMMA_CUDA_D4, GEMMA_CUDA_F1)        \
+  GEMMA_CUDA_COLUMNS(Type, 16, k, types, tail, "%8", "%9", "%10", GEMMA_CUDA_D8, GEMMA_CUDA_F2)      \
+  GEMMA_CUDA_COLUMNS(Type, 32, k, types, tail, "%16", "%17", "%18", GEMMA_CUDA_D16, GEMMA_CUDA_F4)   \
+  GEMMA_CUDA_COLUMNS(Type, 64, k, types, tail, "%32", "%33", "%34", GEMMA_CUDA_D32, GEMMA_CUDA_F8)   \
+  GEMMA_CUDA_COLUMNS(Type, 80, k, types, tail, "%40", "%41", "%42", GEMMA_CUDA_D40, GEMMA_CUDA_F10)  \
+  GEMMA_CUDA_COLUMNS(Type, 128, k, types, tail, "%64", "%65", "%66", GEMMA_CUDA_D64, GEMMA_CUDA_F16) \
+  GEMMA_CUDA_COLUMNS(Type, 256, k, types, tail, "%128", "%129", "%130", GEMMA_CUDA_D128, GEMMA_CUDA_F32)
+
+// Of the values of a head.
+#define GEMMA_CUDA_ALL_ROWS(Type, types)                                                                \
+  GEMMA_CUDA_ROWS(Type, 128, types, "%64, %65, %66, %67", "%68", "%69", GEMMA_CUDA_D64, GEMMA_CUDA_F16) \
+  GEMMA_CUDA_ROWS(Type, 256, types, "%128, %129, %130, %131", "%132", "%133", GEMMA_CUDA_D128, GEMMA_CUDA_F32)
+
+GEMMA_CUDA_ALL_COLUMNS(Bf16, 16, "bf16.bf16", ", 0, 0")
+GEMMA_CUDA_ALL_COLUMNS(F16, 16, "f16.f16", ", 0, 0")
+GEMMA_CUDA_ALL_COLUMNS(E4m3, 32, "e4m3.e4m3", "")
+GEMMA_CUDA_ALL_ROWS(Bf16, "bf16.bf16")
+GEMMA_CUDA_ALL_ROWS(F16, "f16.f16")
+
+#undef GEMMA_CUDA_D4
+#undef GEMMA_CUDA_D8
+#undef GEMMA_CUDA_D16
+#undef GEMMA_CUDA_D32
+#undef GEMMA_CUDA_D40
+#undef GEMMA_CUDA_D64
+#undef GEMMA_CUDA_D128
 #undef GEMMA_CUDA_FRAGMENT
+#undef GEMMA_CUDA_F1
+#undef GEMMA_CUDA_F2
+#undef GEMMA_CUDA_F4
+#undef GEMMA_CUDA_F8
+#undef GEMMA_CUDA_F10
+#undef GEMMA_CUDA_F16
+#undef GEMMA_CUDA_F32
+#undef GEMMA_CUDA_COLUMNS
+#undef GEMMA_CUDA_ROWS
+#undef GEMMA_CUDA_ALL_COLUMNS
+#undef GEMMA_CUDA_ALL_ROWS
 
 }  // namespace gemma_cuda::cuda

@@ -26,6 +26,7 @@ struct Matrix {  // row-major, contiguous
   DType dtype = DType::f32;
   uint32_t rows = 0, cols = 0;
   const float* scales = nullptr;  // e4m3: [rows], what a row's elements are to be multiplied by
+  bool one_scale = false;         // whether they are all the same
 };
 
 // How an operation writes what a product of FP8 will read: e4m3(y / scale), rounded to nearest even and saturating at

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "../check.h"
 #include "core/plan.h"
@@ -187,8 +188,17 @@ class Suite {
     }
   }
 
+  template <class T>
+  Both<T> elements(size_t count) {
+    if constexpr (std::is_same_v<T, e4m3>)
+      return random_fp8(count);
+    else
+      return random(count, 0.3f);
+  }
+
   // The kernel of sm_90a for few rows: right with rows of w that fill no tile, with tiles that are cut and such that
   // are not, and adding in one order, whatever the batch.
+  template <class T>
   void skinny_gemm(uint32_t n, uint32_t k) {
     cuda::DeviceInfo device{.index = 0};
     int major = 0;
@@ -196,10 +206,21 @@ class Suite {
     GEMMA_CUDA_CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, 0));
     device.capability = 10 * major;
     const uint32_t most = cuda::kSkinnyTokens;
-    auto x = random(size_t{most} * k), w = random(size_t{n} * k, 0.1f), out = poisoned(size_t{most} * n);
-    const auto args = [&](uint32_t t) {
-      return GemmArgs{x.gpu(), {w.gpu(), DType::bf16, n, k}, out.gpu(), DType::bf16, t};
+    constexpr bool kFp8 = std::is_same_v<T, e4m3>;
+    auto x = elements<T>(size_t{most} * k), w = elements<T>(size_t{n} * k);
+    auto out = poisoned(size_t{most} * n);
+    auto w_scales = scales(n), x_scales = scales(most);
+    const auto all_args = [&](bool gpu, uint32_t t) {
+      GemmArgs args{gpu ? static_cast<const void*>(x.gpu()) : x.host.data(),
+                    {gpu ? static_cast<const void*>(w.gpu()) : w.host.data(), kFp8 ? DType::e4m3 : DType::bf16, n, k},
+                    gpu ? static_cast<void*>(out.gpu()) : out.host.data(),
+                    DType::bf16,
+                    t};
+      if (kFp8) args.w.scales = gpu ? w_scales.gpu() : w_scales.host.data();
+      if (kFp8) args.x_scale.row_scales = gpu ? x_scales.gpu() : x_scales.host.data();
+      return args;
     };
+    const auto args = [&](uint32_t t) { return all_args(true, t); };
     if (!cuda::skinny_gemm_fits(args(most), device)) return;
     const Buffer partials(*gpu_, cuda::skinny_partial_bytes(device)), arrivals(*gpu_, cuda::kSkinnyArrivalBytes);
     GEMMA_CUDA_CHECK(cudaMemset(arrivals.data(), 0, cuda::kSkinnyArrivalBytes));
@@ -211,9 +232,9 @@ class Suite {
       GEMMA_CUDA_CHECK(cudaDeviceSynchronize());
       return download(out);
     };
-    reference_->gemm({x.host.data(), {w.host.data(), DType::bf16, n, k}, out.host.data(), DType::bf16, most});
+    reference_->gemm(all_args(false, most));
     const vector<bf16> all = rows(most);
-    near("skinny gemm", out, kLimit);
+    near(kFp8 ? "skinny gemm, fp8" : "skinny gemm", out, kLimit);
     for (uint32_t t : {1u, 8u, 11u, 16u, 25u, 32u, 33u, 48u}) {
       const vector<bf16> got = rows(t);
       CHECK(std::memcmp(got.data(), all.data(), size_t{t} * n * sizeof(bf16)) == 0);
@@ -227,6 +248,145 @@ class Suite {
     reference_->geglu({x.host.data(), out.host.data(), 5, m.ffn});
     gpu_->geglu({x.gpu(), out.gpu(), 5, m.ffn});
     near("geglu", out, kLimit);
+  }
+
+  // What a product of FP8 reads is the same bytes as the reference's where both have the same numbers to round, and a
+  // neighbour of them now and then where those are a sum.
+  void near_fp8(const char* what, const Both<e4m3>& data) {
+    const vector<e4m3> got = download(data);
+    size_t differ = 0;
+    for (size_t i = 0; i < got.size(); ++i) {
+      const int a = ordered(got[i]), b = ordered(data.host[i]);
+      CHECK(std::abs(a - b) <= 1);
+      differ += a != b;
+    }
+    report(what, static_cast<double>(differ) / static_cast<double>(got.size()), 0.01);
+  }
+  // Numbers in the order of their values: neighbours differ by one.
+  static int ordered(e4m3 x) { return x.bits & 0x80 ? -(x.bits & 0x7F) : x.bits; }
+  Both<e4m3> poisoned_fp8(size_t count) { return both(vector<e4m3>(count, e4m3{0x7F})); }
+  Both<e4m3> random_fp8(size_t count, float deviation = 60) {
+    vector<e4m3> out;
+    out.reserve(count);
+    for (float x : test::normal(count, deviation)) out.push_back(to_e4m3(x));
+    return both(std::move(out));
+  }
+  Both<float> scales(size_t count) {
+    vector<float> out = test::normal(count, 0.3f);
+    for (float& x : out) x = 0.01f * (1 + std::abs(x));
+    return both(std::move(out));
+  }
+
+  // Every bf16 there is, with one scale for all and with one a row: bit for bit what the reference makes of it.
+  void quantize() {
+    const uint32_t rows = 256, width = 256;
+    vector<bf16> all(rows * width);
+    for (uint32_t i = 0; i < all.size(); ++i) all[i].bits = static_cast<uint16_t>(i);
+    auto x = both(all);
+    auto wide = both(Suite::wide(all));
+    auto one = both(vector<float>{0.37f}), each = both(vector<float>(rows, -1));
+    for (const bool dynamic : {false, true})
+      for (const bool f32 : {false, true}) {
+        auto out = poisoned_fp8(all.size());
+        QuantizeArgs args{
+            .x = f32 ? static_cast<const void*>(wide.host.data()) : x.host.data(),
+            .dtype = f32 ? DType::f32 : DType::bf16,
+            .how = {.scale = dynamic ? nullptr : one.host.data(), .row_scales = dynamic ? each.host.data() : nullptr},
+            .out = out.host.data(),
+            .rows = rows,
+            .width = width};
+        reference_->quantize(args);
+        args.x = f32 ? static_cast<const void*>(wide.gpu()) : x.gpu(), args.out = out.gpu();
+        args.how = {.scale = dynamic ? nullptr : one.gpu(), .row_scales = dynamic ? each.gpu() : nullptr};
+        gpu_->quantize(args);
+        const vector<e4m3> got = download(out);
+        for (size_t i = 0; i < got.size(); ++i)
+          if (got[i].bits != out.host[i].bits) {
+            std::fprintf(stderr, "%04x: %02x, not %02x (dynamic %d, f32 %d)\n", all[i].bits, got[i].bits,
+                         out.host[i].bits, dynamic, f32);
+            CHECK(false);
+          }
+        if (!dynamic) continue;
+        const vector<float> got_scales = download(each);
+        CHECK(std::memcmp(got_scales.data(), each.host.data(), rows * sizeof(float)) == 0);
+      }
+    std::printf("quantize: all of bf16\n");
+  }
+
+  void quantized_ops(const Model& m) {
+    const uint32_t t = 7;
+    for (const bool dynamic : {false, true}) {
+      auto one = both(vector<float>{0.02f}), each = both(vector<float>(t, -1));
+      const Quantize host{.scale = dynamic ? nullptr : one.host.data(),
+                          .row_scales = dynamic ? each.host.data() : nullptr};
+      const Quantize device{.scale = dynamic ? nullptr : one.gpu(), .row_scales = dynamic ? each.gpu() : nullptr};
+      auto residual = both(test::normal(size_t{t} * m.hidden, 3));
+      auto delta = random(size_t{t} * m.hidden);
+      auto weight = both(test::normal(m.hidden, 0.3f));
+      auto out = poisoned_fp8(size_t{t} * m.hidden);
+      NormArgs args{.residual = residual.host.data(),
+                    .delta = delta.host.data(),
+                    .weight = weight.host.data(),
+                    .out = out.host.data(),
+                    .tokens = t,
+                    .hidden = m.hidden,
+                    .eps = 1e-6f,
+                    .quantize = host};
+      reference_->norm(args);
+      args.residual = residual.gpu(), args.delta = delta.gpu(), args.weight = weight.gpu(), args.out = out.gpu();
+      args.quantize = device;
+      gpu_->norm(args);
+      near_fp8("norm to FP8: differ", out);
+      if (dynamic) near("norm to FP8: scales", each, 1e-5);
+
+      auto x = random(size_t{t} * 2 * m.ffn, 3);
+      auto activated = poisoned_fp8(size_t{t} * m.ffn);
+      reference_->geglu({x.host.data(), activated.host.data(), t, m.ffn, host});
+      gpu_->geglu({x.gpu(), activated.gpu(), t, m.ffn, device});
+      near_fp8("geglu to FP8: differ", activated);
+      if (dynamic) near("geglu to FP8: scales", each, 1e-5);
+    }
+  }
+
+  // Products of FP8 with the scales of rows, or one for all of them, of both sides.
+  void gemm_fp8(uint32_t t, uint32_t n, uint32_t k, DType out_dtype) {
+    auto x = random_fp8(size_t{t} * k), w = random_fp8(size_t{n} * k);
+    auto w_scales = scales(n), x_scales = scales(t);
+    auto one = both(vector<float>(n, 0.013f));
+    char what[80];
+    for (const bool one_w : {false, true})
+      for (const bool one_x : {false, true}) {
+        const auto& ws = one_w ? one : w_scales;
+        auto args = [&](bool gpu, void* out) {
+          float* xs = gpu ? x_scales.gpu() : x_scales.host.data();
+          const Matrix matrix{gpu ? static_cast<const void*>(w.gpu()) : w.host.data(),
+                              DType::e4m3,
+                              n,
+                              k,
+                              gpu ? ws.gpu() : ws.host.data(),
+                              one_w};
+          return GemmArgs{.x = gpu ? static_cast<const void*>(x.gpu()) : x.host.data(),
+                          .w = matrix,
+                          .out = out,
+                          .out_dtype = out_dtype,
+                          .tokens = t,
+                          .x_scale = {.scale = one_x ? xs : nullptr, .row_scales = one_x ? nullptr : xs}};
+        };
+        std::snprintf(what, sizeof what, "fp8 gemm %u x %u x %u, %d %d", t, n, k, one_w, one_x);
+        // Up to kSkinnyTokens sums are float32 on sm_90; those of the library less exact.
+        const double limit = kLimit + (t > cuda::kSkinnyTokens ? 0x1p-8 : 0);
+        if (out_dtype == DType::f32) {
+          auto out = both(vector<float>(size_t{t} * n, NAN));
+          reference_->gemm(args(false, out.host.data()));
+          gpu_->gemm(args(true, out.gpu()));
+          near(what, out, limit);
+        } else {
+          auto out = poisoned(size_t{t} * n);
+          reference_->gemm(args(false, out.host.data()));
+          gpu_->gemm(args(true, out.gpu()));
+          near(what, out, limit);
+        }
+      }
   }
 
   void soft_cap() {
@@ -262,14 +422,30 @@ class Suite {
   };
 
   void attention(const char* what, const Model& m, const Batch& batch, uint32_t window) {
+    attention<bf16>(what, m, batch, window, false);
+    if (!fp8_) return;
+    attention<e4m3>(what, m, batch, window, false);
+    attention<e4m3>(what, m, batch, window, true);
+  }
+  // Of a cache of bf16 or FP8, to bf16 or FP8.
+  template <class C>
+  void attention(const char* what, const Model& m, const Batch& batch, uint32_t window, bool to_fp8) {
+    constexpr bool kFp8 = std::is_same_v<C, e4m3>;
     const size_t cache = size_t{batch.pages} * m.kv_heads * batch.page_size * m.head_dim;
     const size_t rows = size_t{batch.tokens()} * m.heads * m.head_dim;
-    auto q = random(rows), keys = random(cache), values = random(cache), out = poisoned(rows);
+    auto q = random(rows);
+    auto keys = elements<C>(cache), values = elements<C>(cache);
+    auto key_scales = scales(m.kv_heads), value_scales = scales(m.kv_heads);
+    auto out = poisoned(to_fp8 ? 0 : rows);
+    auto narrow = poisoned_fp8(to_fp8 ? rows : 0);
+    auto out_scale = both(vector<float>{0.001f});
     auto cu = both(batch.cu), kv_len = both(batch.lengths), table = both(batch.table);
     auto tiles = both(query_tiles(batch.cu, batch.lengths));
+    const float deviation = kFp8 ? 0.8f : 0.3f;  // of the keys, about
     AttentionArgs args{
         .q = q.host.data(),
-        .cache = {keys.host.data(), values.host.data(), DType::bf16, batch.page_size, m.kv_heads, m.head_dim},
+        .cache = {keys.host.data(), values.host.data(), kFp8 ? DType::e4m3 : DType::bf16, batch.page_size, m.kv_heads,
+                  m.head_dim, kFp8 ? key_scales.host.data() : nullptr, kFp8 ? value_scales.host.data() : nullptr},
         .cu_seqlens = cu.host.data(),
         .kv_len = kv_len.host.data(),
         .block_table = table.host.data(),
@@ -279,15 +455,27 @@ class Suite {
         .tiles = static_cast<uint32_t>(tiles.host.size()),
         .heads = m.heads,
         .window = window,
-        .scale = 1.5f / std::sqrt(static_cast<float>(m.head_dim)),
+        .scale = 1.5f / std::sqrt(static_cast<float>(m.head_dim)) / deviation,
         .soft_cap = m.soft_cap,
-        .out = out.host.data(),
-        .tokens = batch.tokens()};
+        .out = to_fp8 ? static_cast<void*>(narrow.host.data()) : out.host.data(),
+        .tokens = batch.tokens(),
+        .quantize = {.scale = to_fp8 ? out_scale.host.data() : nullptr, .row_scales = nullptr}};
     reference_->attention(args);
-    args.q = q.gpu(), args.cache.keys = keys.gpu(), args.cache.values = values.gpu(), args.out = out.gpu();
+    args.q = q.gpu(), args.cache.keys = keys.gpu(), args.cache.values = values.gpu();
+    args.out = to_fp8 ? static_cast<void*>(narrow.gpu()) : out.gpu();
     args.cu_seqlens = cu.gpu(), args.kv_len = kv_len.gpu(), args.block_table = table.gpu();
+    if (kFp8) args.cache.key_scales = key_scales.gpu(), args.cache.value_scales = value_scales.gpu();
+    if (to_fp8) args.quantize.scale = out_scale.gpu();
     gpu_->attention(args);
-    near(what, out, 2 * kLimit);
+    char name[80];
+    std::snprintf(name, sizeof name, "%s%s%s", what, kFp8 ? ", FP8" : "", to_fp8 ? " to FP8" : "");
+    if (to_fp8) {  // half a step of three bits of mantissa, twice
+      vector<float> got, want;
+      for (e4m3 x : download(narrow)) got.push_back(to_float(x));
+      for (e4m3 x : narrow.host) want.push_back(to_float(x));
+      return report(name, test::relative_error(got, want), 0x1p-5);
+    }
+    near(name, out, 2 * kLimit);
     const vector<bf16> first = download(out);
     for (int i = 0; i < 3; ++i) {
       gpu_->attention(args);
@@ -297,6 +485,12 @@ class Suite {
   }
 
   void rope(const Model& m, const Batch& batch) {
+    rope<bf16>(m, batch);
+    if (fp8_) rope<e4m3>(m, batch);
+  }
+  template <class C>
+  void rope(const Model& m, const Batch& batch) {
+    constexpr bool kFp8 = std::is_same_v<C, e4m3>;
     const uint32_t t = batch.tokens(), d = m.head_dim;
     auto qkv = random(size_t{t} * (m.heads + 2 * m.kv_heads) * d);
     auto q_norm = both(test::normal(d, 0.3f)), k_norm = both(test::normal(d, 0.3f));
@@ -304,29 +498,75 @@ class Suite {
     for (uint32_t i = 0; i < d / 2; ++i) inverse.push_back(std::pow(10000.0f, -2.0f * float(i) / float(d)));
     auto frequency = both(inverse);
     const size_t cache = size_t{batch.pages} * m.kv_heads * batch.page_size * d;
-    auto keys = both(vector<bf16>(cache, to_bf16(0))), values = both(vector<bf16>(cache, to_bf16(0)));
+    auto keys = both(vector<C>(cache, C{})), values = both(vector<C>(cache, C{}));
+    auto key_scales = scales(m.kv_heads), value_scales = scales(m.kv_heads);
     auto q = poisoned(size_t{t} * m.heads * d);
     auto positions = both(batch.positions), slots = both(batch.slots);
-    RopeArgs args{.qkv = qkv.host.data(),
-                  .positions = positions.host.data(),
-                  .slots = slots.host.data(),
-                  .inverse_frequency = frequency.host.data(),
-                  .q_norm = m.qk_norm ? q_norm.host.data() : nullptr,
-                  .k_norm = m.qk_norm ? k_norm.host.data() : nullptr,
-                  .eps = 1e-6f,
-                  .heads = m.heads,
-                  .q = q.host.data(),
-                  .cache = {keys.host.data(), values.host.data(), DType::bf16, batch.page_size, m.kv_heads, d},
-                  .tokens = t};
+    RopeArgs args{
+        .qkv = qkv.host.data(),
+        .positions = positions.host.data(),
+        .slots = slots.host.data(),
+        .inverse_frequency = frequency.host.data(),
+        .q_norm = m.qk_norm ? q_norm.host.data() : nullptr,
+        .k_norm = m.qk_norm ? k_norm.host.data() : nullptr,
+        .eps = 1e-6f,
+        .heads = m.heads,
+        .q = q.host.data(),
+        .cache = {keys.host.data(), values.host.data(), kFp8 ? DType::e4m3 : DType::bf16, batch.page_size, m.kv_heads,
+                  d, kFp8 ? key_scales.host.data() : nullptr, kFp8 ? value_scales.host.data() : nullptr},
+        .tokens = t};
     reference_->rope(args);
     args.qkv = qkv.gpu(), args.positions = positions.gpu(), args.slots = slots.gpu();
     args.inverse_frequency = frequency.gpu(), args.q_norm = m.qk_norm ? q_norm.gpu() : nullptr;
     args.k_norm = m.qk_norm ? k_norm.gpu() : nullptr, args.q = q.gpu();
     args.cache.keys = keys.gpu(), args.cache.values = values.gpu();
+    if (kFp8) args.cache.key_scales = key_scales.gpu(), args.cache.value_scales = value_scales.gpu();
     gpu_->rope(args);
     near("rope: q", q, kLimit);
-    near("rope: keys", keys, kLimit);
-    near("rope: values", values, 1e-9);
+    if constexpr (kFp8) {
+      near_fp8("rope: keys in FP8 differ", keys);
+      near_fp8("rope: values in FP8 differ", values);
+    } else {
+      near("rope: keys", keys, kLimit);
+      near("rope: values", values, 1e-9);
+    }
+  }
+
+  // Counts and maxima are the reference's, exactly; also of what is not finite.
+  void observe(const Model& m) {
+    const uint32_t rows = 37, groups = m.kv_heads, width = m.kv_heads * m.head_dim;
+    auto x = random(size_t{rows} * width, 5);
+    x.host[3] = to_bf16(INFINITY), x.host[width] = to_bf16(NAN), x.host[5] = to_bf16(0);
+    x = both(std::move(x.host));
+    const auto compare = [&](auto run) {
+      auto largest = both(vector<float>(groups, 0.25f));
+      auto counts = both(vector<uint64_t>(size_t{groups} * kMagnitudeBins, 2));
+      run(*reference_, false, Magnitudes{largest.host.data(), counts.host.data()});
+      run(*gpu_, true, Magnitudes{largest.gpu(), counts.gpu()});
+      CHECK(download(largest) == largest.host);
+      CHECK(download(counts) == counts.host);
+    };
+    compare([&](Backend& backend, bool gpu, Magnitudes to) {
+      backend.observe({gpu ? x.gpu() : x.host.data(), rows, width, groups, to});
+    });
+    const uint32_t page_size = 5, pages = 9;
+    auto cache = random(size_t{pages} * page_size * width, 2);
+    auto slots = both(vector<uint32_t>{44, 0, kNoSlot, 7, 13, kNoSlot, 21});
+    auto none = both(vector<float>(groups, 0)), others = both(vector<float>(groups, 0));
+    for (const bool values : {false, true})
+      compare([&](Backend& backend, bool gpu, Magnitudes to) {
+        vector<uint64_t> host_counts(size_t{groups} * kMagnitudeBins);
+        auto rest = both(std::move(host_counts));
+        const Magnitudes other{gpu ? none.gpu() : none.host.data(), gpu ? rest.gpu() : rest.host.data()};
+        void* data = gpu ? static_cast<void*>(cache.gpu()) : cache.host.data();
+        backend.observe_cache({.cache = {data, data, DType::bf16, page_size, m.kv_heads, m.head_dim},
+                               .slots = gpu ? slots.gpu() : slots.host.data(),
+                               .tokens = 7,
+                               .keys = values ? other : to,
+                               .values = values ? to : other});
+        if (gpu) download(slots);  // before `rest` goes
+      });
+    std::printf("  observe: equal\n");
   }
 
   // Tokens equal the reference's, for every kind of request; log-probabilities nearly.
@@ -425,9 +665,22 @@ class Suite {
     gemm(300, qkv, m.hidden, DType::bf16);
     gemm(2, m.vocab / 8, m.hidden, DType::f32);
     gemm(33, m.vocab / 8 + 1, m.hidden, DType::f32);
-    skinny_gemm(m.hidden, m.ffn);
-    skinny_gemm(qkv + 8, m.hidden);
-    skinny_gemm(m.vocab / 8 + 1, m.hidden);
+    skinny_gemm<bf16>(m.hidden, m.ffn);
+    skinny_gemm<bf16>(qkv + 8, m.hidden);
+    skinny_gemm<bf16>(m.vocab / 8 + 1, m.hidden);
+    observe(m);
+    if (fp8_ && m.ffn % 16 == 0) {
+      quantized_ops(m);
+      for (uint32_t t : {1u, 9u, 33u}) gemm_fp8(t, qkv, m.hidden, DType::bf16);
+      gemm_fp8(5, m.hidden, m.ffn, DType::bf16);
+      gemm_fp8(130, qkv, m.hidden, DType::bf16);
+      gemm_fp8(100, m.hidden, m.ffn, DType::bf16);
+      gemm_fp8(3, m.vocab / 32 * 4, m.hidden, DType::f32);
+      gemm_fp8(70, m.vocab / 32 * 16, m.hidden, DType::f32);
+      skinny_gemm<e4m3>(m.hidden, m.ffn);
+      skinny_gemm<e4m3>(qkv + 8, m.hidden);
+      skinny_gemm<e4m3>(m.vocab / 8 + 1, m.hidden);
+    }
     const uint32_t w = m.window;
     for (uint32_t page_size : {1u, 5u, 32u}) {
       const Batch ragged(page_size, {{0, 1}, {17, 1}, {31, 2}, {0, 70}, {100, 33}, {3, 1}, {1, 64}, {63, 65}});
@@ -453,7 +706,15 @@ class Suite {
   }
 
  private:
+  static bool has_fp8() {
+    int major = 0, minor = 0;
+    GEMMA_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    GEMMA_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+    return 10 * major + minor >= 89;
+  }
+
   std::unique_ptr<Backend> gpu_, reference_;
+  const bool fp8_ = has_fp8();
 };
 
 }  // namespace
@@ -465,6 +726,7 @@ int main(int argc, char** argv) {
     if (only.empty() || only == model.name) suite.model(model);
   if (only.empty()) suite.upload();
   suite.soft_cap();
+  suite.quantize();
   for (uint32_t vocab : {509u, 262144u})
     if (only.empty() || vocab < 1000) suite.sample(vocab);
   if (only.empty()) suite.many_sequences();

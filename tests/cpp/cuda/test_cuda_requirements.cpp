@@ -39,6 +39,8 @@ void devices() {
   check_says(index_problem(-1, 2), {"cuda:-1"});
   CHECK(capability_problem(0, 80).empty() && capability_problem(0, 120).empty());
   check_says(capability_problem(2, 75), {"cuda:2", "sm_75", "sm_80", "reference"});
+  CHECK(fp8_problem(0, 89).empty() && fp8_problem(0, 90).empty() && fp8_problem(0, 120).empty());
+  check_says(fp8_problem(1, 86), {"cuda:1", "sm_86", "sm_89", "bf16", "reference"});
 }
 
 void libraries() {

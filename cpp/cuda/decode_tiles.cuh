@@ -1,0 +1,157 @@
+// Sixteen cached tokens of a head in shared memory, and their products with the queries and the probabilities of a
+// group: S += Q K^T and O += P V, queries being the sixteen rows. Which element of a fragment (mma.cuh) stands for
+// which token or column of the head is free, as long as both sides of a product agree. In bf16 it is as ldmatrix has
+// it; in FP8 such that a lane's elements are neighbours, 16 bytes where a row has so many, and come without a conflict
+// of banks.
+#pragma once
+
+#include "cuda/mma.cuh"
+
+namespace gemma_cuda::cuda {
+
+constexpr int kTileTokens = 16;
+
+__device__ inline float2 operator*(float2 x, float factor) { return make_float2(x.x * factor, x.y * factor); }
+__device__ inline float4 operator*(float4 x, float factor) {
+  return make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
+}
+
+// Cache: bf16_t, or uint8_t for E4M3.
+template <int HeadDim, class Cache>
+struct CacheTile;
+
+template <int HeadDim>
+struct CacheTile<HeadDim, bf16_t> {
+  using Type = Bf16;
+  using Rows = Tile<HeadDim>;
+
+  // Where in a head the two elements of a query's k-th A fragment are: the first pair, and the second.
+  __device__ static int query_column(int k, int pair, int lane) { return k * 16 + pair * 8 + lane % 4 * 2; }
+  // Which token the scores [n][i] are of.
+  __device__ static int token(int n, int i, int lane) { return n * 8 + lane % 4 * 2 + i % 2; }
+
+  __device__ static void multiply_keys(float (&scores)[2][4], const uint32_t (&q)[HeadDim / 16][4], uint32_t keys,
+                                       int lane) {
+#pragma unroll
+    for (int k = 0; k < HeadDim / 16; ++k) {
+      uint32_t b[4];
+      Rows::columns(b, keys, 0, k * 16, lane);
+      mma(Type{}, scores[0], q[k], b[0], b[1]);
+      mma(Type{}, scores[1], q[k], b[2], b[3]);
+    }
+  }
+  __device__ static void multiply_values(float (&out)[HeadDim / 8][4], const uint32_t (&p)[4], uint32_t values,
+                                         int lane) {
+#pragma unroll
+    for (int n = 0; n < HeadDim / 16; ++n) {
+      uint32_t b[4];
+      Rows::rows(b, values, 0, n * 16, lane);
+      mma(Type{}, out[2 * n], p, b[0], b[1]);
+      mma(Type{}, out[2 * n + 1], p, b[2], b[3]);
+    }
+  }
+  // Calls f(column of the head, neighbours from there on) with what the lane has of its first or second row.
+  template <class F>
+  __device__ static void each_run(const float (&out)[HeadDim / 8][4], int half, int lane, F f) {
+#pragma unroll
+    for (int n = 0; n < HeadDim / 8; ++n) f(n * 8 + lane % 4 * 2, make_float2(out[n][2 * half], out[n][2 * half + 1]));
+  }
+};
+
+// So many bytes of shared memory at a time.
+template <int Bytes>
+struct Words {
+  uint32_t word[(Bytes + 3) / 4];
+  __device__ explicit Words(uint32_t address) {
+    if constexpr (Bytes == 16)
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                   : "r"(address)
+                   : "memory");
+    else if constexpr (Bytes == 8)
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "r"(address) : "memory");
+    else if constexpr (Bytes == 4)
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word[0]) : "r"(address) : "memory");
+    else
+      asm volatile("{.reg .u16 half; ld.shared.u16 half, [%1]; cvt.u32.u16 %0, half;}"
+                   : "=r"(word[0])
+                   : "r"(address)
+                   : "memory");
+  }
+};
+
+template <int HeadDim>
+struct CacheTile<HeadDim, uint8_t> {
+  using Type = F16;
+  using Rows = SwizzledRows<HeadDim>;
+  // Of a key's row four lanes have a run each, of a value's row eight; several times where the row is longer.
+  static constexpr int kKeyRun = HeadDim / 4 < 16 ? HeadDim / 4 : 16, kValueRun = HeadDim / 8 < 16 ? HeadDim / 8 : 16;
+
+  __device__ static int query_column(int k, int pair, int lane) {
+    constexpr int kSteps = kKeyRun / 4;  // of a run
+    return k / kSteps * 4 * kKeyRun + lane % 4 * kKeyRun + k % kSteps * 4 + pair * 2;
+  }
+  // Odd columns of a fragment are exchanged so that the rows of a quarter of a warp lie in different banks.
+  __device__ static int row_of(int column) { return column ^ (column & 1) << 2; }
+  __device__ static int token(int n, int i, int lane) { return n * 8 + row_of(lane % 4 * 2 + i % 2); }
+
+  template <int Run>
+  __device__ static Words<Run> load(uint32_t base, int row, int column) {
+    return Words<Run>(Rows::chunk(base, row, column / 16) + column % 16);
+  }
+
+  __device__ static void multiply_keys(float (&scores)[2][4], const uint32_t (&q)[HeadDim / 16][4], uint32_t keys,
+                                       int lane) {
+    const int row = row_of(lane / 4);
+#pragma unroll
+    for (int span = 0; span < HeadDim / (4 * kKeyRun); ++span) {
+      const int column = span * 4 * kKeyRun + lane % 4 * kKeyRun;
+      const auto low = load<kKeyRun>(keys, row, column), high = load<kKeyRun>(keys, row + 8, column);
+#pragma unroll
+      for (int i = 0; i < kKeyRun / 4; ++i) {
+        const auto& a = q[span * (kKeyRun / 4) + i];
+        mma(Type{}, scores[0], a, F16::of_e4m3(low.word[i]), F16::of_e4m3(low.word[i] >> 16));
+        mma(Type{}, scores[1], a, F16::of_e4m3(high.word[i]), F16::of_e4m3(high.word[i] >> 16));
+      }
+    }
+  }
+
+  __device__ static void multiply_values(float (&out)[HeadDim / 8][4], const uint32_t (&p)[4], uint32_t values,
+                                         int lane) {
+    const int first = row_of(lane % 4 * 2), second = row_of(lane % 4 * 2 + 1);
+#pragma unroll
+    for (int span = 0; span < HeadDim / (8 * kValueRun); ++span) {
+      const int column = span * 8 * kValueRun + lane / 4 * kValueRun;
+      const auto a = load<kValueRun>(values, first, column), b = load<kValueRun>(values, second, column);
+      const auto c = load<kValueRun>(values, first + 8, column), d = load<kValueRun>(values, second + 8, column);
+#pragma unroll
+      for (int i = 0; i < kValueRun; i += 2) {
+        // Pairs of tokens, of one column each.
+        const uint32_t which = i % 4 == 0 ? 0x5140 : 0x7362;
+        const uint32_t low = __byte_perm(a.word[i / 4], b.word[i / 4], which);
+        const uint32_t high = __byte_perm(c.word[i / 4], d.word[i / 4], which);
+        mma(Type{}, out[span * kValueRun + i], p, F16::of_e4m3(low), F16::of_e4m3(high));
+        mma(Type{}, out[span * kValueRun + i + 1], p, F16::of_e4m3(low >> 16), F16::of_e4m3(high >> 16));
+      }
+    }
+  }
+
+  template <class F>
+  __device__ static void each_run(const float (&out)[HeadDim / 8][4], int half, int lane, F f) {
+#pragma unroll
+    for (int span = 0; span < HeadDim / (8 * kValueRun); ++span)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = span * 8 * kValueRun + (lane % 4 * 2 + i) * kValueRun, at = 2 * half + i;
+        const auto* mine = out + span * kValueRun;
+        if constexpr (kValueRun == 2)
+          f(column, make_float2(mine[0][at], mine[1][at]));
+        else
+#pragma unroll
+          for (int j = 0; j < kValueRun; j += 4)
+            f(column + j, make_float4(mine[j][at], mine[j + 1][at], mine[j + 2][at], mine[j + 3][at]));
+      }
+  }
+};
+
+}  // namespace gemma_cuda::cuda
