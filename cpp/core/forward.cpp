@@ -376,7 +376,12 @@ char* Forward::input_of(const Linear& reader) const {
 void Forward::gemm(const void* x, Quantize x_scale, const Linear& w, void* out, uint32_t tokens, uint32_t capacity) {
   Matrix matrix = weights_.matrix(w);
   if (w.scheme == Scheme::fp8_cast) {
-    const Matrix cast{act_.cast.data(), DType::e4m3, w.rows, w.cols, act_.cast_scales.as<float>()};
+    const Matrix cast{.data = act_.cast.data(),
+                      .dtype = DType::e4m3,
+                      .rows = w.rows,
+                      .cols = w.cols,
+                      .scales = act_.cast_scales.as<float>(),
+                      .fresh = true};
     backend_.quantize({.x = matrix.data,
                        .dtype = matrix.dtype,
                        .how = {.scale = nullptr, .row_scales = act_.cast_scales.as<float>()},

@@ -19,10 +19,11 @@ unsigned blocks(size_t work) {
   return static_cast<unsigned>(std::clamp<size_t>((work + kThreads - 1) / kThreads, 1, 65535));
 }
 
-// The exponential keeps float32's precision where tanhf would cost twice as much: gelu(g) = g * sigmoid(2 u).
+// The exponential keeps float32's precision, but for two units in the last place, where tanhf would cost twice as much:
+// gelu(g) = g * sigmoid(2 u).
 __device__ float gelu_tanh(float g) {
   const float u = 0.7978845608028654f * (g + 0.044715f * g * g * g);
-  return g / (1.0f + __expf(-2.0f * u));
+  return __fdividef(g, 1.0f + __expf(-2.0f * u));
 }
 
 struct Geglu {
@@ -32,29 +33,48 @@ struct Geglu {
   Quantize quantize;
 };
 
-__device__ void gated(const Geglu& args, size_t row, uint32_t column, float (&out)[8]) {
-  float up[8];
+struct Pair {
+  Bf16x8 gate, up;
+};
+
+__device__ Pair pair_at(const Geglu& args, size_t row, uint32_t column) {
   const bf16_t* gate = args.gate_up + row * 2 * args.ffn + column;
-  widen(*reinterpret_cast<const Bf16x8*>(gate), out);
-  widen(*reinterpret_cast<const Bf16x8*>(gate + args.ffn), up);
+  return {*reinterpret_cast<const Bf16x8*>(gate), *reinterpret_cast<const Bf16x8*>(gate + args.ffn)};
+}
+
+__device__ void gated(const Pair& pair, float (&out)[8]) {
+  float up[8];
+  widen(pair.gate, out);
+  widen(pair.up, up);
 #pragma unroll
   for (int j = 0; j < 8; ++j) out[j] = gelu_tanh(out[j]) * up[j];
 }
 
+// A thread takes kAtOnce runs of eight elements, all asked for before the first is computed with.
 template <bool Fp8>
-__global__ void geglu_kernel(Geglu args, size_t runs) {
+__global__ void __launch_bounds__(kThreads) geglu_kernel(Geglu args, size_t runs) {
+  constexpr int kAtOnce = 2;
   allow_next();
   wait_for_last();
   const uint32_t per_row = args.ffn / 8;
   const float factor = Fp8 ? 1.0f / *args.quantize.scale : 1.0f;
-  for (size_t i = size_t{blockIdx.x} * blockDim.x + threadIdx.x; i < runs; i += size_t{gridDim.x} * blockDim.x) {
-    const size_t row = i / per_row;
-    float y[8];
-    gated(args, row, i % per_row * 8, y);
-    if constexpr (Fp8)
-      static_cast<uint2*>(args.out)[i] = narrow_e4m3(y, factor);
-    else
-      static_cast<Bf16x8*>(args.out)[i] = narrow(y);
+  const size_t threads = size_t{gridDim.x} * kThreads;
+  for (size_t first = size_t{blockIdx.x} * kThreads + threadIdx.x; first < runs; first += kAtOnce * threads) {
+    Pair pairs[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (const size_t at = first + i * threads; at < runs) pairs[i] = pair_at(args, at / per_row, at % per_row * 8);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const size_t at = first + i * threads;
+      if (at >= runs) break;
+      float y[8];
+      gated(pairs[i], y);
+      if constexpr (Fp8)
+        static_cast<uint2*>(args.out)[at] = narrow_e4m3(y, factor);
+      else
+        static_cast<Bf16x8*>(args.out)[at] = narrow(y);
+    }
   }
 }
 
@@ -66,13 +86,13 @@ __global__ void __launch_bounds__(kRowThreads) geglu_rows_kernel(Geglu args) {
   const size_t row = blockIdx.x;
   float y[8], largest = 0;
   for (uint32_t column = threadIdx.x * 8; column < args.ffn; column += kRowThreads * 8) {
-    gated(args, row, column, y);
+    gated(pair_at(args, row, column), y);
     largest = fmaxf(largest, largest_magnitude(y));
   }
   const float factor = row_factor(args.quantize, blockIdx.x, block_max(largest, partial));
   uint8_t* out = static_cast<uint8_t*>(args.out) + row * args.ffn;
   for (uint32_t column = threadIdx.x * 8; column < args.ffn; column += kRowThreads * 8) {
-    gated(args, row, column, y);
+    gated(pair_at(args, row, column), y);
     *reinterpret_cast<uint2*>(out + column) = narrow_e4m3(y, factor);
   }
 }
@@ -169,8 +189,8 @@ void geglu(const GegluArgs& args, const Stream& stream) {
   if (args.quantize.row_scales != nullptr)
     return launch_early(stream, args.tokens, kRowThreads, 0, geglu_rows_kernel, geglu);
   const size_t runs = size_t{args.tokens} * (args.ffn / 8);
-  launch_early(stream, blocks(runs), kThreads, 0, args.quantize ? geglu_kernel<true> : geglu_kernel<false>, geglu,
-               runs);
+  launch_early(stream, blocks((runs + 1) / 2), kThreads, 0, args.quantize ? geglu_kernel<true> : geglu_kernel<false>,
+               geglu, runs);
 }
 
 void quantize(const QuantizeArgs& args, const Stream& stream) {

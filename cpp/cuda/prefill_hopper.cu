@@ -7,6 +7,10 @@
 // gaps are left. Q lies in shared memory, P and O in registers.
 //
 // Keys and values in FP8 pass through the producer's registers and become f16; so do the queries.
+//
+// Reaches, on an H100, for two prompts of 4096 tokens and 16 heads of 256: 430 TFLOP/s, and 325 where it has to widen FP8;
+// there the producer takes issue slots from the softmax. Asking for FP8 rows by cp.async, or widening them by bits instead
+// of conversions, is slower: 306 and 283.
 #include "cuda/barrier.cuh"
 #include "cuda/ops.h"
 #include "cuda/prefill.cuh"
@@ -297,7 +301,7 @@ bool launch(const Prefill& args, const Stream& stream) {
 bool prefill_hopper(const Prefill& args, uint32_t head_dim, const DeviceInfo& device, const Stream& stream) {
   if (device.capability != 90) return false;
   if (head_dim == 128) return launch<128, 128>(args, stream);
-  if (head_dim == 256) return launch<256, 80>(args, stream);
+  if (head_dim == 256) return launch<256, 64>(args, stream);
   return false;
 }
 

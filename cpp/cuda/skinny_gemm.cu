@@ -62,6 +62,7 @@ struct SkinnyGemm {
   const float* w_scales;  // FP8: of the rows of w
   const float* x_scales;  // FP8: of the tokens, or one for all
   bool one_x_scale;
+  bool fresh;  // the kernel before has written w
   uint32_t tokens, n;
   uint32_t depth;      // slots of a tile
   uint32_t cut_tiles;  // they come first
@@ -334,6 +335,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     publish_barriers();
   }
   __syncthreads();
+  if (args.fresh) wait_for_last();
   if (threadIdx.x < kGroups * kGroup)
     consume<Tokens, Type>(args, ring, barriers);
   else if (threadIdx.x == kGroups * kGroup)
@@ -360,6 +362,7 @@ void launch(const GemmArgs& args, const DeviceInfo& device, void* partials, uint
   work.w_scales = args.w.scales;
   work.x_scales = args.x_scale.scale != nullptr ? args.x_scale.scale : args.x_scale.row_scales;
   work.one_x_scale = args.x_scale.scale != nullptr;
+  work.fresh = args.w.fresh;
   work.tokens = args.tokens;
   work.n = args.w.rows;
   work.depth = (args.w.cols + kSlotColumns<Type> - 1) / kSlotColumns<Type>;

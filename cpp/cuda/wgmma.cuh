@@ -53,32 +53,28 @@ __device__ inline void grow_registers() {
 #define GEMMA_CUDA_D4 "%0, %1, %2, %3"
 #define GEMMA_CUDA_D8 \
   GEMMA_CUDA_D4       \
-      ", "            \
-      "%4, %5, %6, %7"
+  ", "                \
+  "%4, %5, %6, %7"
 #define GEMMA_CUDA_D16 \
   GEMMA_CUDA_D8        \
-      ", "             \
-      "%8, %9, %10, %11, %12, %13, %14, %15"
+  ", "                 \
+  "%8, %9, %10, %11, %12, %13, %14, %15"
 #define GEMMA_CUDA_D32 \
   GEMMA_CUDA_D16       \
-      ", "             \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define GEMMA_CUDA_D40 \
-  GEMMA_CUDA_D32       \
-      ", "             \
-      "%32, %33, %34, %35, %36, %37, %38, %39"
+  ", "                 \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define GEMMA_CUDA_D64                                                                   \
-  GEMMA_CUDA_D40                                                                         \
+  GEMMA_CUDA_D32                                                                         \
       ", "                                                                               \
-      "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, " \
-      "%56, %57, %58, %59, %60, %61, %62, %63"
-#define GEMMA_CUDA_D128                                                                              \
-  GEMMA_CUDA_D64                                                                                     \
-      ", "                                                                                           \
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define GEMMA_CUDA_D128                                                                          \
+  GEMMA_CUDA_D64                                                                                 \
+  ", "                                                                                           \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 #define GEMMA_CUDA_FRAGMENT(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define GEMMA_CUDA_F1 GEMMA_CUDA_FRAGMENT(0)
@@ -86,10 +82,9 @@ __device__ inline void grow_registers() {
 #define GEMMA_CUDA_F4 GEMMA_CUDA_F2, GEMMA_CUDA_FRAGMENT(2), GEMMA_CUDA_FRAGMENT(3)
 #define GEMMA_CUDA_F8 \
   GEMMA_CUDA_F4, GEMMA_CUDA_FRAGMENT(4), GEMMA_CUDA_FRAGMENT(5), GEMMA_CUDA_FRAGMENT(6), GEMMA_CUDA_FRAGMENT(7)
-#define GEMMA_CUDA_F10 GEMMA_CUDA_F8, GEMMA_CUDA_FRAGMENT(8), GEMMA_CUDA_FRAGMENT(9)
-#define GEMMA_CUDA_F16                                                                                                \
-  GEMMA_CUDA_F10, GEMMA_CUDA_FRAGMENT(10), GEMMA_CUDA_FRAGMENT(11), GEMMA_CUDA_FRAGMENT(12), GEMMA_CUDA_FRAGMENT(13), \
-      GEMMA_CUDA_FRAGMENT(14), GEMMA_CUDA_FRAGMENT(15)
+#define GEMMA_CUDA_F16                                                                                             \
+  GEMMA_CUDA_F8, GEMMA_CUDA_FRAGMENT(8), GEMMA_CUDA_FRAGMENT(9), GEMMA_CUDA_FRAGMENT(10), GEMMA_CUDA_FRAGMENT(11), \
+      GEMMA_CUDA_FRAGMENT(12), GEMMA_CUDA_FRAGMENT(13), GEMMA_CUDA_FRAGMENT(14), GEMMA_CUDA_FRAGMENT(15)
 #define GEMMA_CUDA_F32                                                                                                \
   GEMMA_CUDA_F16, GEMMA_CUDA_FRAGMENT(16), GEMMA_CUDA_FRAGMENT(17), GEMMA_CUDA_FRAGMENT(18), GEMMA_CUDA_FRAGMENT(19), \
       GEMMA_CUDA_FRAGMENT(20), GEMMA_CUDA_FRAGMENT(21), GEMMA_CUDA_FRAGMENT(22), GEMMA_CUDA_FRAGMENT(23),             \
@@ -113,14 +108,12 @@ __device__ inline void grow_registers() {
   }
 
 // Of a few tokens, or a tile of keys.
-#define GEMMA_CUDA_ALL_COLUMNS(Type, k, types, tail)                                                 \
-  GEMMA_CUDA_COLUMNS(Type, 8, k, types, tail, "%4", "%5", "%6", GEMMA_CUDA_D4, GEMMA_CUDA_F1)        \
-  GEMMA_CUDA_COLUMNS(Type, 16, k, types, tail, "%8", "%9", "%10", GEMMA_CUDA_D8, GEMMA_CUDA_F2)      \
-  GEMMA_CUDA_COLUMNS(Type, 32, k, types, tail, "%16", "%17", "%18", GEMMA_CUDA_D16, GEMMA_CUDA_F4)   \
-  GEMMA_CUDA_COLUMNS(Type, 64, k, types, tail, "%32", "%33", "%34", GEMMA_CUDA_D32, GEMMA_CUDA_F8)   \
-  GEMMA_CUDA_COLUMNS(Type, 80, k, types, tail, "%40", "%41", "%42", GEMMA_CUDA_D40, GEMMA_CUDA_F10)  \
-  GEMMA_CUDA_COLUMNS(Type, 128, k, types, tail, "%64", "%65", "%66", GEMMA_CUDA_D64, GEMMA_CUDA_F16) \
-  GEMMA_CUDA_COLUMNS(Type, 256, k, types, tail, "%128", "%129", "%130", GEMMA_CUDA_D128, GEMMA_CUDA_F32)
+#define GEMMA_CUDA_ALL_COLUMNS(Type, k, types, tail)                                               \
+  GEMMA_CUDA_COLUMNS(Type, 8, k, types, tail, "%4", "%5", "%6", GEMMA_CUDA_D4, GEMMA_CUDA_F1)      \
+  GEMMA_CUDA_COLUMNS(Type, 16, k, types, tail, "%8", "%9", "%10", GEMMA_CUDA_D8, GEMMA_CUDA_F2)    \
+  GEMMA_CUDA_COLUMNS(Type, 32, k, types, tail, "%16", "%17", "%18", GEMMA_CUDA_D16, GEMMA_CUDA_F4) \
+  GEMMA_CUDA_COLUMNS(Type, 64, k, types, tail, "%32", "%33", "%34", GEMMA_CUDA_D32, GEMMA_CUDA_F8) \
+  GEMMA_CUDA_COLUMNS(Type, 128, k, types, tail, "%64", "%65", "%66", GEMMA_CUDA_D64, GEMMA_CUDA_F16)
 
 // Of the values of a head.
 #define GEMMA_CUDA_ALL_ROWS(Type, types)                                                                \
@@ -137,7 +130,6 @@ GEMMA_CUDA_ALL_ROWS(F16, "f16.f16")
 #undef GEMMA_CUDA_D8
 #undef GEMMA_CUDA_D16
 #undef GEMMA_CUDA_D32
-#undef GEMMA_CUDA_D40
 #undef GEMMA_CUDA_D64
 #undef GEMMA_CUDA_D128
 #undef GEMMA_CUDA_FRAGMENT
@@ -145,7 +137,6 @@ GEMMA_CUDA_ALL_ROWS(F16, "f16.f16")
 #undef GEMMA_CUDA_F2
 #undef GEMMA_CUDA_F4
 #undef GEMMA_CUDA_F8
-#undef GEMMA_CUDA_F10
 #undef GEMMA_CUDA_F16
 #undef GEMMA_CUDA_F32
 #undef GEMMA_CUDA_COLUMNS

@@ -27,6 +27,7 @@ struct Matrix {  // row-major, contiguous
   uint32_t rows = 0, cols = 0;
   const float* scales = nullptr;  // e4m3: [rows], what a row's elements are to be multiplied by
   bool one_scale = false;         // whether they are all the same
+  bool fresh = false;             // whether an operation has just written it: else it may be read before others end
 };
 
 // How an operation writes what a product of FP8 will read: e4m3(y / scale), rounded to nearest even and saturating at

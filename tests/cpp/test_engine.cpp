@@ -210,6 +210,21 @@ void fp8_weights_mean_the_same_however_they_come() {
   }
 }
 
+void weights_quantized_for_every_product_mean_the_same_as_kept_ones() {
+  const ModelSpec kept = in_fp8(random_model(3), Scheme::fp8_static, true, false);
+  EngineOptions options;
+  options.compute = options.weights = DType::f32;
+  const Parameters parameters = random_parameters(kept);
+  Parameters same;  // without the scales of rows, which are made anew
+  for (const auto& [slot, values] : parameters)
+    if (slot.part != Part::scales) same.emplace_back(slot, values);
+  const std::vector<uint32_t> tokens = random_tokens(kept, 20);
+  CHECK(whole(*make_engine(in_fp8(kept, Scheme::fp8_cast, true, false), same, options), tokens) ==
+        whole(*make_engine(kept, parameters, options), tokens));
+  test::check_throws("lm_head cannot be quantized for every product",
+                     [&] { Engine(in_fp8(kept, Scheme::fp8_cast, true, true), options); });
+}
+
 // Each element of every activation is counted once, and how the tokens came into steps changes nothing.
 void calibration_does_not_depend_on_the_batch() {
   const ModelSpec spec = random_model(3);
@@ -652,8 +667,10 @@ int main() {
       cutting_changes_nothing(spec, compute);
       for (Scheme scheme : {Scheme::fp8_static, Scheme::fp8_dynamic})
         cutting_changes_nothing(in_fp8(spec, scheme, family != 2, family == 3), compute);
+      cutting_changes_nothing(in_fp8(spec, Scheme::fp8_cast, family != 2, false), compute);
     }
   fp8_weights_mean_the_same_however_they_come();
+  weights_quantized_for_every_product_mean_the_same_as_kept_ones();
   scales_that_cannot_be_are_refused();
   calibration_does_not_depend_on_the_batch();
   long_passes_have_the_results_of_short_ones();

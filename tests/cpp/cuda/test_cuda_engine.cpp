@@ -46,15 +46,25 @@ EngineOptions options_for(const std::string& device) {
   return options;
 }
 
-// The same weights for the same number, in every process and on every device.
-void load(Engine& engine, uint32_t number) {
+ModelSpec in_fp8(ModelSpec spec, Scheme scheme, bool cache) {
+  for (LayerSpec& layer : spec.layers) {
+    layer.qkv = layer.attention_out = layer.gate_up = layer.down = scheme;
+    layer.fp8_cache = cache;
+  }
+  return spec;
+}
+
+// The same weights for the same number, in every process and on every device. Those in FP8 are quantized as they come.
+void load(Engine& engine, uint32_t number, const ModelSpec& spec = tiny_model()) {
   std::mt19937 random(number);
   std::normal_distribution<float> normal(0.0f, 0.3f);
-  for (const TensorSlot& slot : tensor_table(tiny_model())) {
+  for (const TensorSlot& slot : tensor_table(spec)) {
+    if (slot.part == Part::scales) continue;
     size_t count = 1;
     for (uint64_t extent : slot.shape) count *= extent;
-    vector<float> values(count);
-    for (float& x : values) x = normal(random);
+    vector<float> values(count, 0.03f);  // a scale, where it is none of the weights
+    if (slot.part == Part::values)
+      for (float& x : values) x = normal(random);
     engine.load_tensor(slot.name, DType::f32, slot.shape,
                        {reinterpret_cast<const uint8_t*>(values.data()), count * sizeof(float)});
   }
@@ -121,6 +131,21 @@ Tokens generate(Engine& engine) {
   return generation.tokens;
 }
 
+// Logits of a prompt's tokens, computed all at once or one by one.
+vector<float> logits_of(Engine& engine, const vector<uint32_t>& prompt, bool one_by_one) {
+  const uint32_t length = static_cast<uint32_t>(prompt.size());
+  const uint32_t sequence = engine.add_sequence(prompt, length, {}, false);
+  vector<float> logits;
+  const uint32_t at_once = one_by_one ? 1 : 8;
+  for (uint32_t i = 0; i < length; i += at_once) {
+    const StepItem item{.sequence = sequence, .tokens = std::min(at_once, length - i), .logits = true};
+    const vector<float> more = engine.step({&item, 1})[0].logits;
+    logits.insert(logits.end(), more.begin(), more.end());
+  }
+  engine.remove_sequence(sequence);
+  return logits;
+}
+
 // What engines with the weights 1 and 2 generate, each alone.
 struct Alone {
   Tokens one = generate(*make_engine(1)), two = generate(*make_engine(2));
@@ -185,6 +210,62 @@ void engines_are_dropped_with_steps_under_way(const Alone& alone) {
     // The sequences go first, then the engine, while the device still computes them.
   }
   CHECK(generate(*survivor) == alone.two);
+}
+
+// In FP8 an engine repeats itself, with graphs and without, and is nearer to the reference backend's engine of the same
+// FP8 weights than that is to one without FP8.
+void fp8_engines_repeat_themselves_and_are_near_the_reference() {
+  vector<uint32_t> prompt;
+  for (uint32_t i = 0; i < 40; ++i) prompt.push_back((i * i * 7 + 3) % 512);
+  const auto engine_of = [](const ModelSpec& spec, const std::string& device, bool graphs) {
+    EngineOptions options = options_for(device);
+    options.graphs = graphs;
+    auto engine = std::make_unique<Engine>(spec, options);
+    load(*engine, 1, spec);
+    return engine;
+  };
+  const vector<float> plain = logits_of(*engine_of(tiny_model(), "reference", true), prompt, false);
+  for (const Scheme scheme : {Scheme::plain, Scheme::fp8_static, Scheme::fp8_dynamic, Scheme::fp8_cast})
+    for (const bool cache : {false, true}) {
+      const ModelSpec spec = in_fp8(tiny_model(), scheme, cache);
+      const auto captured = engine_of(spec, "cuda:0", true), direct = engine_of(spec, "cuda:0", false);
+      const Tokens tokens = generate(*captured);
+      CHECK(generate(*direct) == tokens);
+      for (int i = 0; i < 20; ++i) CHECK(generate(*captured) == tokens);
+      const auto reference = engine_of(spec, "reference", true);
+      const vector<float> want = logits_of(*reference, prompt, false);
+      const double cost = test::relative_error(want, plain);
+      for (const bool one_by_one : {false, true}) {
+        const double error = test::relative_error(logits_of(*captured, prompt, one_by_one), want);
+        std::printf("  scheme %d, FP8 cache %d, %s: %.3f from the reference, which is %.3f from bf16\n",
+                    static_cast<int>(scheme), cache, one_by_one ? "one by one" : "at once", error, cost);
+        if (scheme != Scheme::plain || cache) CHECK(error < 0.7 * cost);
+      }
+    }
+}
+
+// What calibration counts on the GPU: as many elements as the reference does, with maxima that bf16 can tell apart from
+// the reference's by its rounding only.
+void calibration_counts_as_the_reference_does() {
+  vector<uint32_t> prompt;
+  for (uint32_t i = 0; i < 64; ++i) prompt.push_back((i * i * 5 + 1) % 512);
+  const auto gather = [&](const std::string& device) {
+    const auto engine = make_engine(1, device);
+    engine->start_calibration();
+    logits_of(*engine, prompt, false);
+    return engine->calibration();
+  };
+  const vector<Observation> got = gather("cuda:0"), want = gather("reference");
+  CHECK(got.size() == want.size());
+  for (size_t i = 0; i < want.size(); ++i) {
+    CHECK(got[i].name == want[i].name && got[i].largest.size() == want[i].largest.size());
+    uint64_t counted = 0, due = 0;
+    for (uint64_t n : got[i].counts) counted += n;
+    for (uint64_t n : want[i].counts) due += n;
+    CHECK(counted == due);
+    for (size_t group = 0; group < want[i].largest.size(); ++group)
+      CHECK(std::abs(got[i].largest[group] / want[i].largest[group] - 1) < 0.03);
+  }
 }
 
 size_t free_memory() {
@@ -421,6 +502,8 @@ void all() {
   part("dropped with steps under way", [&] { engines_are_dropped_with_steps_under_way(alone); });
   part("memory from the start", memory_is_taken_before_the_first_step);
   part("sampling within a pass and behind it", sampling_is_the_same_within_a_pass_and_behind_it);
+  part("FP8", fp8_engines_repeat_themselves_and_are_near_the_reference);
+  part("calibration", calibration_counts_as_the_reference_does);
   part("refusals", what_cannot_be_had_is_refused);
   part("no GPU", [] { CHECK(run_part("CUDA_VISIBLE_DEVICES=", "no-gpu").ok); });
   part("a fault", [] { CHECK(run_part("", "fault").ok); });

@@ -12,6 +12,8 @@ pub struct Chart {
 pub struct Panel {
     pub title: String,
     pub bars: Vec<Bar>,
+    /// Somebody else's figures, drawn as outlines.
+    pub published: bool,
 }
 
 pub struct Bar {
@@ -37,6 +39,7 @@ text { font-family: system-ui, sans-serif; font-size: 14px; fill: #1f2328 }
 .panel { font-weight: 600 }
 .label { text-anchor: end }
 .bar { fill: #5b8c00 }
+.published { fill: none; stroke: #808890; stroke-width: 1.5; stroke-dasharray: 5 3 }
 @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .bar { fill: #9bd33c } }";
 
 impl Chart {
@@ -58,7 +61,7 @@ impl Chart {
             text(&mut out, "panel", 16, y + 18, &escape(&panel.title));
             y += PANEL_HEAD;
             for bar in &panel.bars {
-                draw(&mut out, bar, panel.longest(), y);
+                draw(&mut out, bar, panel, y);
                 y += ROW;
             }
         }
@@ -73,14 +76,16 @@ impl Panel {
     }
 }
 
-fn draw(out: &mut String, bar: &Bar, longest: f64, y: u32) {
+fn draw(out: &mut String, bar: &Bar, panel: &Panel, y: u32) {
+    let longest = panel.longest();
+    let class = if panel.published { "published" } else { "bar" };
     let share = if longest > 0.0 { (bar.value / longest).clamp(0.0, 1.0) } else { 0.0 };
     let width = share * f64::from(LONGEST);
     text(out, "label", LABELS - 10, y + 15, &escape(&bar.label));
     element(
         out,
         format_args!(
-            "<rect class=\"bar\" x=\"{LABELS}\" y=\"{y}\" width=\"{width:.1}\" height=\"{THICKNESS}\" rx=\"2\"/>"
+            "<rect class=\"{class}\" x=\"{LABELS}\" y=\"{y}\" width=\"{width:.1}\" height=\"{THICKNESS}\" rx=\"2\"/>"
         ),
     );
     text(out, "value", LABELS + 8 + width.ceil() as u32, y + 15, &escape(&bar.text));
@@ -143,8 +148,12 @@ mod tests {
         Chart {
             title: "R&D <7B> on \"cuda:0\"\u{1}".into(),
             panels: vec![
-                Panel { title: "seed".into(), bars: vec![bar("padded", 20.0, "20.0 s"), bar("a < b", 5.0, "5.0 s")] },
-                Panel { title: "none".into(), bars: vec![bar("nothing", 0.0, "0")] },
+                Panel {
+                    title: "seed".into(),
+                    bars: vec![bar("padded", 20.0, "20.0 s"), bar("a < b", 5.0, "5.0 s")],
+                    published: false,
+                },
+                Panel { title: "none".into(), bars: vec![bar("nothing", 0.0, "0")], published: true },
             ],
         }
     }
@@ -180,6 +189,7 @@ mod tests {
         let all = elements(&svg);
         assert_eq!(all[..3], ["svg", "title", "style"]);
         assert_eq!(all.iter().filter(|name| *name == "rect").count(), 3);
+        assert_eq!((svg.matches("class=\"bar\"").count(), svg.matches("class=\"published\"").count()), (2, 1));
         for part in
             ["R&amp;D &lt;7B&gt; on &quot;cuda:0&quot;\u{fffd}", ">padded<", ">a &lt; b<", ">20.0 s<", ">5.0 s<"]
         {

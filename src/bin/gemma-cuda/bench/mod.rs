@@ -2,7 +2,9 @@
 
 mod agreement;
 mod chart;
+mod configuration;
 mod measure;
+mod peer;
 mod report;
 mod workload;
 
@@ -10,9 +12,10 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use gemma_cuda::checkpoint::named_shape;
-use gemma_cuda::{Gemma, KvCache, LoadOptions};
+use gemma_cuda::{Error, Gemma, KvCache, LoadOptions};
 
 use self::agreement::compare;
+use self::configuration::{Configuration, LADDER, Precision, Recipe};
 use self::measure::{Measured, Plan, measure};
 use self::report::Row;
 use self::workload::Workload;
@@ -41,12 +44,17 @@ the device so far. The last column is a hash of all new tokens: equal tokens, eq
                    (everything but attention computes the filling)
   ragged           sequences end to end, nothing filled up; requests join and leave as they come and go
   ragged + graphs  steps of up to 2048 tokens captured as CUDA graphs as well
-and says how many requests got the same tokens as in the first row; for the others, how far apart the log-probabilities
-of the two tokens were where they part.
+  FP8, cast        matrices kept in bf16 and quantized anew for every product, as the tutorial's fourth step has it
+  FP8              matrices kept in FP8 only, one scale each and one for its inputs
+  FP8, FP8 K/V     keys and values in FP8 too
+The rows of FP8 need --random: a checkpoint is in FP8 or it is not. Of the others it says how many requests got the same
+tokens as in the first row; where some did not, how far apart the log-probabilities of the two tokens were where they
+part. Behind them stands what the tutorial itself publishes, which was not measured here.
 
 Examples:
   gemma-cuda bench --random gemma-7b --workload seed,single
   gemma-cuda bench --random gemma-7b --ladder --chart ladder.svg
+  gemma-cuda bench --random gemma-7b --recipe static --cache fp8
   gemma-cuda bench --model gemma-3-1b-it --json")]
 pub struct Args {
     /// Folder of the checkpoint
@@ -61,9 +69,22 @@ pub struct Args {
     #[arg(long, value_delimiter = ',', num_args = 1..)]
     workload: Vec<Workload>,
 
-    /// Compare padded batches, ragged ones, and captured steps
+    /// With --random: matrices in bf16, or in FP8 as `gemma-cuda calibrate` makes them (static, channel), or quantized
+    /// for every product (cast)
+    #[arg(long, default_value = "bf16", value_name = "RECIPE", conflicts_with_all = ["model", "ladder"])]
+    recipe: Recipe,
+
+    /// With --random: keys and values in bf16 or fp8
+    #[arg(long, default_value = "bf16", value_parser = ["bf16", "fp8"], value_name = "TYPE", conflicts_with_all = ["model", "ladder"])]
+    cache: String,
+
+    /// Compare padded batches, ragged ones, captured steps, and FP8
     #[arg(long, conflicts_with = "no_graphs")]
     ladder: bool,
+
+    /// Rows of another program for the same table and chart: what `hf_baseline.py --json` wrote
+    #[arg(long, value_name = "FILE.jsonl")]
+    peer: Option<PathBuf>,
 
     /// Timed runs of each workload
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -98,18 +119,6 @@ pub struct Args {
     json: bool,
 }
 
-/// How batches are computed.
-#[derive(Clone, Copy)]
-struct Configuration {
-    name: &'static str,
-    padded: bool,
-    graphs: bool,
-}
-
-const PADDED: Configuration = Configuration { name: "padded", padded: true, graphs: false };
-const RAGGED: Configuration = Configuration { name: "ragged", padded: false, graphs: false };
-const CAPTURED: Configuration = Configuration { name: "ragged + graphs", padded: false, graphs: true };
-
 /// What each workload's first configuration generated, request by request.
 type FirstTokens = Vec<(Workload, Vec<Vec<u32>>)>;
 
@@ -118,32 +127,52 @@ pub fn run(args: Args) -> Result<Outcome> {
     if let Some(path) = &args.chart {
         chart::check_place(path).map_err(bad_input)?;
     }
-    let configurations: &[Configuration] = match (args.ladder, args.no_graphs) {
-        (true, _) => &[PADDED, RAGGED, CAPTURED],
-        (false, true) => &[RAGGED],
-        (false, false) => &[CAPTURED],
-    };
+    let peers = args.peer.as_deref().map(peer::read).transpose().map_err(bad_input)?.unwrap_or_default();
     let mut rows = Vec::new();
     let mut first_tokens = FirstTokens::new();
-    for configuration in configurations {
+    for configuration in args.configurations() {
         // The model before is gone by now: two may not fit the device.
-        let model = load(&args, *configuration)?;
+        let model = match load(&args, configuration) {
+            Err(error) if args.ladder && !configuration.as_exact_as_bf16() && lacks_fp8(&error) => {
+                output::note(&format!("{}: left out; {error}", configuration.name));
+                continue;
+            }
+            loaded => loaded?,
+        };
         let copy = model.copy_bandwidth()?;
         if !args.json && rows.is_empty() {
             output::text(&report::head(&args.model_name(), model.device(), copy, args.max_new, args.ladder))?;
+            peers.iter().try_for_each(|row| output::text(&report::peer_line(row)))?;
         }
         for workload in args.workloads() {
-            rows.push(bench(&args, &model, copy, workload, *configuration, &mut first_tokens)?);
+            rows.push(bench(&args, &model, copy, workload, configuration, &mut first_tokens)?);
         }
     }
+    if args.ladder && !args.json {
+        output::text(&report::published())?;
+    }
     if let Some(path) = &args.chart {
-        let chart = if args.ladder { report::ladder_chart(&rows) } else { report::speed_chart(&rows) };
+        let chart = if args.ladder { report::ladder_chart(&rows, &peers) } else { report::speed_chart(&rows) };
         chart::write(path, &chart.svg()).map_err(bad_input)?;
     }
     Ok(Outcome::Done)
 }
 
+/// Whether a device was refused for having no FP8.
+fn lacks_fp8(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(Error::Device(why)) if why.contains("FP8 needs"))
+}
+
 impl Args {
+    fn configurations(&self) -> Vec<Configuration> {
+        if self.ladder {
+            let with_fp8 = self.random.is_some();
+            return LADDER.into_iter().filter(|row| with_fp8 || row.as_exact_as_bf16()).collect();
+        }
+        let precision = Precision { matrices: self.recipe.0, cache: self.cache == "fp8" };
+        vec![Configuration::single(!self.no_graphs, precision)]
+    }
+
     fn workloads(&self) -> Vec<Workload> {
         use Workload::{Mixed, Prefill, Seed, Single, Tutorial};
         match (&self.workload[..], self.ladder) {
@@ -184,11 +213,12 @@ fn bench(
     first_tokens: &mut FirstTokens,
 ) -> Result<Row> {
     let Measured { figures, tokens } = measure(model, workload, args.plan(configuration), copy)?;
+    let exact = configuration.as_exact_as_bf16();
     let agreement = match first_tokens.iter().find(|(of, _)| *of == workload) {
-        Some((_, first)) => Some(compare(model, workload, first, &tokens)?),
-        None => None,
+        Some((_, first)) if exact => Some(compare(model, workload, first, &tokens)?),
+        _ => None,
     };
-    if args.ladder && agreement.is_none() {
+    if args.ladder && exact && agreement.is_none() {
         first_tokens.push((workload, tokens));
     }
     let row = Row {
@@ -234,7 +264,7 @@ fn load(args: &Args, configuration: Configuration) -> Result<Gemma> {
         ..Default::default()
     };
     match (&args.random, &args.model) {
-        (Some(name), _) => Ok(Gemma::random(&named_shape(name)?, &options, 1)?),
+        (Some(name), _) => Ok(Gemma::random(&configuration.precision.of(named_shape(name)?), &options, 1)?),
         (None, Some(dir)) => {
             let bar = progress::loading();
             let model = Gemma::load_with_progress(dir, options, |loaded| progress::show(&bar, loaded));

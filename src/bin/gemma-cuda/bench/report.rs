@@ -4,7 +4,9 @@ use serde::Serialize;
 
 use super::agreement::Agreement;
 use super::chart::{Bar, Chart, Panel};
+use super::configuration::PUBLISHED;
 use super::measure::Figures;
+use super::peer::PeerRow;
 use super::workload::Workload;
 
 /// One line of the table.
@@ -69,8 +71,32 @@ pub fn line(row: &Row) -> String {
     )
 }
 
+/// The figures of another program that we have too.
+pub fn peer_line(row: &PeerRow) -> String {
+    format!(
+        "{:>8} {:>15} {:>8} {:>7} {:>7} {:>9.3} {:>9.1}  ({})\n",
+        row.workload,
+        row.configuration,
+        row.requests,
+        row.prompt_tokens,
+        row.new_tokens,
+        row.seconds,
+        row.tokens_per_second,
+        row.device
+    )
+}
+
+/// What the tutorial says of itself, told apart from what was measured.
+pub fn published() -> String {
+    let figures: Vec<String> = PUBLISHED.iter().map(|(name, seconds)| format!("{name} {seconds:.2} s")).collect();
+    format!(
+        "not measured here: the tutorial's own figures, on a machine of theirs, for what `seed` is like: {}\n",
+        figures.join("; ")
+    )
+}
+
 /// Seconds of every configuration, a panel a workload, as the tutorial's Figure 11 has them.
-pub fn ladder_chart(rows: &[Row]) -> Chart {
+pub fn ladder_chart(rows: &[Row], peers: &[PeerRow]) -> Chart {
     let mut panels: Vec<Panel> = Vec::new();
     let mut slowest = 0.0;
     let mut sorted: Vec<&Row> = rows.iter().collect();
@@ -78,16 +104,25 @@ pub fn ladder_chart(rows: &[Row]) -> Chart {
     for row in sorted {
         let title = format!("{}: seconds", row.workload);
         if panels.last().is_none_or(|panel| panel.title != title) {
-            panels.push(Panel { title, bars: Vec::new() });
-            slowest = row.figures.seconds;
+            let others: Vec<&PeerRow> = peers.iter().filter(|peer| peer.workload == row.workload.to_string()).collect();
+            slowest = others.iter().map(|peer| peer.seconds).fold(row.figures.seconds, f64::max);
+            let bars = others.iter().map(|peer| bar(&peer.configuration, peer.seconds, slowest)).collect();
+            panels.push(Panel { title, bars, published: false });
         }
-        let seconds = row.figures.seconds;
-        let text = format!("{seconds:.2} s ({:.2}x)", slowest / seconds);
         if let Some(panel) = panels.last_mut() {
-            panel.bars.push(Bar { label: row.configuration.into(), value: seconds, text });
+            panel.bars.push(bar(row.configuration, row.figures.seconds, slowest));
         }
     }
+    panels.push(Panel {
+        title: "seed, as the tutorial publishes it, on a machine of theirs: seconds".into(),
+        bars: PUBLISHED.iter().map(|(name, seconds)| bar(name, *seconds, PUBLISHED[0].1)).collect(),
+        published: true,
+    });
     Chart { title: title(rows), panels }
+}
+
+fn bar(label: &str, seconds: f64, slowest: f64) -> Bar {
+    Bar { label: label.into(), value: seconds, text: format!("{seconds:.2} s ({:.2}x)", slowest / seconds) }
 }
 
 /// Tokens a second of every workload.
@@ -97,7 +132,10 @@ pub fn speed_chart(rows: &[Row]) -> Chart {
         let text = format!("{speed:.0} tokens/s ({:.0} % of copy)", 100.0 * share_of_copy);
         Bar { label: row.workload.to_string(), value: speed, text }
     });
-    Chart { title: title(rows), panels: vec![Panel { title: "tokens/s".into(), bars: bars.collect() }] }
+    Chart {
+        title: title(rows),
+        panels: vec![Panel { title: "tokens/s".into(), bars: bars.collect(), published: false }],
+    }
 }
 
 fn title(rows: &[Row]) -> String {

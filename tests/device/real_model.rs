@@ -1,11 +1,11 @@
 //! The real Gemma 3 270M against values Hugging Face transformers computed in float32. Run `scripts/fetch-model`
 //! first; without the model these tests say that they did not run, and fail where `CI` is set. What is compared in bfloat16
-//! runs on GEMMA_CUDA_TEST_DEVICE, such as `cuda:0`, if that is set.
+//! or FP8 runs on the device under test.
 
 use std::path::{Path, PathBuf};
 
 use gemma_cuda::checkpoint::{Checkpoint, Message};
-use gemma_cuda::engine::{DType, Engine, EngineOptions, SamplingConfig, StepItem};
+use gemma_cuda::engine::{DType, Engine, EngineOptions, ModelSpec, SamplingConfig, Scheme, StepItem};
 use serde_json::Value;
 
 fn path(relative: &str) -> PathBuf {
@@ -32,6 +32,11 @@ fn checkpoint() -> Option<Checkpoint> {
 }
 
 fn engine(checkpoint: &Checkpoint, compute: DType) -> Engine {
+    engine_of(checkpoint, checkpoint.spec(), compute)
+}
+
+/// Matrices that the spec has in FP8 are quantized as they are loaded.
+fn engine_of(checkpoint: &Checkpoint, spec: &ModelSpec, compute: DType) -> Engine {
     let gpu = std::env::var("GEMMA_CUDA_TEST_DEVICE").ok().filter(|_| compute == DType::BF16);
     let options = EngineOptions {
         device: gpu.unwrap_or_else(|| "reference".into()),
@@ -40,7 +45,7 @@ fn engine(checkpoint: &Checkpoint, compute: DType) -> Engine {
         max_logit_rows: 1,
         ..Default::default()
     };
-    let mut engine = Engine::new(checkpoint.spec(), &options).unwrap();
+    let mut engine = Engine::new(spec, &options).unwrap();
     for tensor in checkpoint.tensors() {
         engine.load_tensor(tensor.name(), tensor.dtype(), tensor.shape(), tensor.bytes()).unwrap();
     }
@@ -155,12 +160,41 @@ fn float32_gives_the_reference_hidden_states() {
     }
 }
 
-/// Teacher-forced over the 64 tokens that the reference generated after each prompt: its likeliest tokens are known,
-/// and the whole distributions are those of our float32 engine, which the tests above hold against the reference.
 #[test]
 fn bfloat16_is_as_near_as_the_reference_in_bfloat16() {
     let Some(checkpoint) = checkpoint() else { return };
-    let mut engines = [DType::F32, DType::BF16].map(|compute| engine(&checkpoint, compute));
+    let limits = Limits { last_logits: 0.022, kl: 1e-3, equal: 0.98 };
+    assert_near(&checkpoint, engine(&checkpoint, DType::BF16), limits);
+}
+
+/// A scale for each row of a matrix and each token of its inputs. E4M3 has three bits of mantissa where bfloat16 has
+/// seven; on the reference backend this makes 0.09 of the last logits, a mean KL of 0.017 at most, and 97 % of the tokens.
+#[test]
+fn fp8_is_as_near_as_three_bits_of_mantissa_allow() {
+    let Some(checkpoint) = checkpoint() else { return };
+    let mut spec = checkpoint.spec().clone();
+    for layer in &mut spec.layers {
+        (layer.qkv, layer.attention_out) = (Scheme::Fp8Dynamic, Scheme::Fp8Dynamic);
+        (layer.gate_up, layer.down) = (Scheme::Fp8Dynamic, Scheme::Fp8Dynamic);
+    }
+    let limits = Limits { last_logits: 0.12, kl: 0.03, equal: 0.93 };
+    assert_near(&checkpoint, engine_of(&checkpoint, &spec, DType::BF16), limits);
+}
+
+/// How far an engine may be from float32.
+struct Limits {
+    /// Relative L2 distance of the logits after a prompt.
+    last_logits: f64,
+    /// Mean Kullback-Leibler divergence, of each prompt.
+    kl: f64,
+    /// Share of the reference's tokens that are the likeliest here.
+    equal: f64,
+}
+
+/// Teacher-forced over the 64 tokens that the reference generated after each prompt: its likeliest tokens are known,
+/// and the whole distributions are those of our float32 engine, which the tests above hold against the reference.
+fn assert_near(checkpoint: &Checkpoint, under_test: Engine, limits: Limits) {
+    let mut engines = [engine(checkpoint, DType::F32), under_test];
     let mut total = Agreement::default();
     for case in json("golden.json")["cases"].as_array().unwrap() {
         let name = case["name"].as_str().unwrap();
@@ -169,23 +203,23 @@ fn bfloat16_is_as_near_as_the_reference_in_bfloat16() {
         let sequences = engines.each_mut().map(|engine| start(engine, &tokens, prompt.len()));
         let mut agreement = Agreement::default();
         for (row, &likeliest) in greedy.iter().enumerate() {
-            let [float32, bfloat16] = [0, 1].map(|i| next_logits(&mut engines[i], sequences[i]));
+            let [float32, ours] = [0, 1].map(|i| next_logits(&mut engines[i], sequences[i]));
             if row == 0 {
-                let distance = relative_l2(&last_logits(name), &bfloat16);
+                let distance = relative_l2(&last_logits(name), &ours);
                 println!("{name}: relative L2 of the last logits {distance:.4}");
-                assert!(distance < 0.022, "{name}: {distance}");
+                assert!(distance < limits.last_logits, "{name}: {distance}");
             }
-            agreement.add(likeliest, &float32, &bfloat16);
+            agreement.add(likeliest, &float32, &ours);
         }
         println!("{name}: {agreement:?}");
-        assert!(agreement.kl / agreement.rows < 1e-3, "{name}: {agreement:?}");
+        assert!(agreement.kl / agreement.rows < limits.kl, "{name}: {agreement:?}");
         total.merge(&agreement);
         for (engine, sequence) in engines.iter_mut().zip(sequences) {
             engine.remove_sequence(sequence).unwrap();
         }
     }
     println!("all: mean KL {:.2e}, argmax {:.4}", total.kl / total.rows, total.equal / total.rows);
-    assert!(total.equal / total.rows >= 0.98, "{total:?}");
+    assert!(total.equal / total.rows >= limits.equal, "{total:?}");
 }
 
 /// Feeds all of the prompt but its last token.

@@ -1,6 +1,5 @@
 //! Every tiny model against logits, hidden states and greedy generations that Hugging Face transformers computed in
-//! float32 with eager attention. What is compared in bfloat16 runs on GEMMA_CUDA_TEST_DEVICE, such as `cuda:0`, if that is
-//! set. GEMMA_CUDA_TEST_ROOT is where the repository is, if not where it was built.
+//! float32 with eager attention. What is compared in bfloat16 runs on the device under test.
 
 use std::path::PathBuf;
 
