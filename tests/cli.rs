@@ -325,11 +325,21 @@ fn bench_draws_charts_and_prints_a_table() {
     let ladder = bench(&["--ladder"], &chart);
     assert_eq!(ladder.status.code(), Some(0), "{}", String::from_utf8_lossy(&ladder.stderr));
     let table = String::from_utf8(ladder.stdout).unwrap();
-    assert_eq!(table.lines().count(), 5, "{table}");
+    assert_eq!(table.lines().count(), 6, "{table}");
+    assert!(table.contains("not measured here: the tutorial's own figures") && table.contains("12.13 s"), "{table}");
     assert!(table.contains("cut to 2 new tokens") && table.matches("64 of 64").count() == 2, "{table}");
     let svg = std::fs::read_to_string(&chart).unwrap();
     assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"));
     assert!(svg.contains(">padded<") && svg.contains(">ragged + graphs<") && svg.contains("tutorial: seconds"));
+    assert_eq!(svg.matches("class=\"published\"").count(), 5);
+    let peer = folder.path().join("peer.jsonl");
+    let row = r#"{"workload": "tutorial", "configuration": "hf eager", "device": "here", "requests": 64,
+        "prompt_tokens": 641, "new_tokens": 128, "seconds": 123.5, "tokens_per_second": 1.0}"#;
+    std::fs::write(&peer, row.replace('\n', " ")).unwrap();
+    let with_peer = bench(&["--ladder", "--peer", peer.to_str().unwrap()], &chart);
+    assert!(String::from_utf8_lossy(&with_peer.stdout).contains("hf eager"));
+    assert!(std::fs::read_to_string(&chart).unwrap().contains("123.50 s (1.00x)"));
+    std::fs::remove_file(&peer).unwrap();
     assert_eq!(bench(&[], &chart).status.code(), Some(0));
     assert!(std::fs::read_to_string(&chart).unwrap().contains("tokens/s ("));
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
@@ -338,6 +348,21 @@ fn bench_draws_charts_and_prints_a_table() {
     assert_refused(&bench(&[], folder.path()), "is a folder");
     let no_shape = ["bench", "--device", "reference", "--random", "gemma-8b", "--workload", "single"];
     assert_refused(&run(&no_shape), "gemma-8b");
+}
+
+/// The steps of the tutorial in FP8, on random weights.
+#[test]
+fn bench_has_rows_in_fp8_for_random_weights() {
+    let args = ["bench", "--device", "reference", "--random", "gemma-3-270m", "--workload", "single", "--max-new", "2"];
+    let rows = json_lines(&run(&[&args[..], &["--ladder", "--json"]].concat()));
+    let names: Vec<&str> = rows.iter().map(|row| row["configuration"].as_str().unwrap()).collect();
+    assert_eq!(names, ["padded", "ragged", "ragged + graphs", "FP8, cast", "FP8", "FP8, FP8 K/V"]);
+    let peak = |i: usize| rows[i]["peak_memory_bytes"].as_f64().unwrap();
+    assert!(peak(4) < peak(2) && peak(5) < peak(4) && peak(3) > peak(2), "{rows:?}");
+    assert!(rows[1].get("equal_requests").is_some() && rows[4].get("equal_requests").is_none());
+    let channel = json_lines(&run(&[&args[..], &["--recipe", "channel", "--cache", "fp8", "--json"]].concat()));
+    assert_eq!(channel[0]["configuration"], "FP8 chan., K/V");
+    assert_refused(&run(&[&args[..], &["--recipe", "int4"]].concat()), "static, channel or cast");
 }
 
 #[test]
@@ -372,4 +397,22 @@ fn a_checkpoint_is_calibrated_and_compared() {
     assert_refused(&run(&["calibrate", "--text", &text, "--out", &other, "--model", &out]), "is quantized already");
     let method = run(&[&["calibrate", "--text", &text, "--out", &other, "--method", "max"], &model[..]].concat());
     assert_refused(&method, "percentile=99.99");
+}
+
+/// A disk that is full, as a shell's limit on the size of files makes it.
+#[test]
+fn a_full_disk_leaves_no_checkpoint_behind() {
+    let source = support::model_with_text();
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("fp8");
+    let script = format!(
+        "trap '' XFSZ; ulimit -f 60; exec {} calibrate --recipe channel --device reference --model {} --out {}",
+        env!("CARGO_BIN_EXE_gemma-cuda"),
+        source.path().display(),
+        out.display()
+    );
+    let full = Command::new("bash").args(["-c", &script]).output().unwrap();
+    assert_refused(&full, "File too large");
+    assert!(String::from_utf8_lossy(&full.stderr).contains("fp8"));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }
