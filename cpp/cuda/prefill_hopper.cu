@@ -8,9 +8,9 @@
 //
 // Keys and values in FP8 pass through the producer's registers and become f16; so do the queries.
 //
-// Reaches, on an H100, for two prompts of 4096 tokens and 16 heads of 256: 430 TFLOP/s, and 325 where it has to widen FP8;
-// there the producer takes issue slots from the softmax. Asking for FP8 rows by cp.async, or widening them by bits instead
-// of conversions, is slower: 306 and 283.
+// Reaches, on an H100, for two prompts of 4096 tokens and 16 heads of 256: 430 TFLOP/s, and 325 where it has to widen
+// FP8; there the producer takes issue slots from the softmax. Asking for FP8 rows by cp.async, or widening them by bits
+// instead of conversions, is slower: 306 and 283.
 #include "cuda/barrier.cuh"
 #include "cuda/ops.h"
 #include "cuda/prefill.cuh"
