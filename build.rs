@@ -7,7 +7,7 @@ mod cuda;
 
 use std::path::{Path, PathBuf};
 
-const ROOMS: [&str; 5] = ["cpp/support", "cpp/ops", "cpp/reference", "cpp/core", "cpp/api"];
+const ROOMS: [&str; 6] = ["cpp/support", "cpp/ops", "cpp/reference", "cpp/core", "cpp/config", "cpp/api"];
 
 fn main() {
     println!("cargo:rerun-if-changed=cpp");

@@ -75,6 +75,13 @@ pub(crate) mod ffi {
         layers: Vec<LayerSpec>,
     }
 
+    /// What `config.json` says of a model.
+    struct ModelConfig {
+        spec: ModelSpec,
+        /// Whether it gives the vocabulary's size; a nested Gemma 3 config may leave it to the embedding's rows.
+        vocab_given: bool,
+    }
+
     /// What the model's matrices are stored as and what activations between operations are rounded to.
     #[derive(Debug)]
     enum DType {
@@ -258,6 +265,10 @@ pub(crate) mod ffi {
 
     unsafe extern "C++" {
         include!("api/bridge.h");
+
+        /// Of `config.json`'s text, in any form Gemma 1, 2 and 3 have been published in; how a checkpoint was quantized
+        /// is not read. An error names the member at fault.
+        fn parse_config(json: &str) -> Result<ModelConfig>;
 
         /// Rows of row-major `bytes` in E4M3: each element divided by its row's scale, or by the only one.
         fn quantize_e4m3(dtype: DType, bytes: &[u8], scales: &[f32]) -> Result<Vec<u8>>;

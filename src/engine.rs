@@ -87,6 +87,14 @@ pub fn canonical_tensor_name(name: &str) -> Option<String> {
     Some(ffi::canonical_tensor_name(name)).filter(|name| !name.is_empty())
 }
 
+/// What the text of `config.json` says of a model, in any form Gemma 1, 2 and 3 have been published in.
+///
+/// # Errors
+/// `InvalidArgument` naming the member at fault.
+pub(crate) fn parse_config(json: &str) -> Result<ffi::ModelConfig> {
+    Ok(ffi::parse_config(json)?)
+}
+
 /// Every tensor a checkpoint of this model holds, in the order of the forward pass.
 ///
 /// # Errors

@@ -4,6 +4,7 @@
 #include <string>
 #include <string_view>
 
+#include "config/config.h"
 #include "core/error.h"
 #include "core/quantize.h"
 #include "gemma-cuda/src/bridge.rs.h"
@@ -66,6 +67,49 @@ gemma_cuda::ModelSpec from_rust(const ModelSpec& spec) {
         .attention_out = from_rust(layer.attention_out),
         .gate_up = from_rust(layer.gate_up),
         .down = from_rust(layer.down),
+        .fp8_cache = layer.fp8_cache,
+    });
+  return out;
+}
+
+Scheme to_rust(gemma_cuda::Scheme scheme) {
+  switch (scheme) {
+    case gemma_cuda::Scheme::plain: return Scheme::Plain;
+    case gemma_cuda::Scheme::fp8_static: return Scheme::Fp8Static;
+    case gemma_cuda::Scheme::fp8_dynamic: return Scheme::Fp8Dynamic;
+    case gemma_cuda::Scheme::fp8_cast: return Scheme::Fp8Cast;
+  }
+  throw Error::invalid_argument("unknown scheme");
+}
+
+ModelSpec to_rust(const gemma_cuda::ModelSpec& spec) {
+  ModelSpec out{
+      .vocab_size = spec.vocab_size,
+      .hidden_size = spec.hidden_size,
+      .ffn_size = spec.ffn_size,
+      .max_positions = spec.max_positions,
+      .rms_norm_eps = spec.rms_norm_eps,
+      .final_soft_cap = spec.final_soft_cap,
+      .tied_embeddings = spec.tied_embeddings,
+      .lm_head = to_rust(spec.lm_head),
+      .layers = {},
+  };
+  for (const gemma_cuda::LayerSpec& layer : spec.layers)
+    out.layers.push_back({
+        .window = layer.window,
+        .rope_theta = layer.rope_theta,
+        .rope_factor = layer.rope_factor,
+        .heads = layer.heads,
+        .kv_heads = layer.kv_heads,
+        .head_dim = layer.head_dim,
+        .attention_scale = layer.attention_scale,
+        .attention_soft_cap = layer.attention_soft_cap,
+        .post_norms = layer.post_norms,
+        .qk_norm = layer.qk_norm,
+        .qkv = to_rust(layer.qkv),
+        .attention_out = to_rust(layer.attention_out),
+        .gate_up = to_rust(layer.gate_up),
+        .down = to_rust(layer.down),
         .fp8_cache = layer.fp8_cache,
     });
   return out;
@@ -142,6 +186,11 @@ rust::Vec<ItemOutput> to_rust(const std::vector<gemma_cuda::ItemOutput>& outputs
 }
 
 }  // namespace
+
+ModelConfig parse_config(rust::Str json) {
+  const gemma_cuda::ModelConfig config = gemma_cuda::parse_config(view(json));
+  return {to_rust(config.spec), config.vocab_given};
+}
 
 rust::String canonical_tensor_name(rust::Str name) {
   return rust::String::lossy(gemma_cuda::canonical_tensor_name(view(name)).value_or(""));

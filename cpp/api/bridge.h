@@ -13,6 +13,7 @@ struct EngineOptions;
 struct EngineStatistics;
 struct ItemOutput;
 struct MemoryBudget;
+struct ModelConfig;
 struct ModelSpec;
 struct Observation;
 struct SamplingConfig;
@@ -22,6 +23,7 @@ struct TensorSlot;
 enum class DType : uint8_t;
 enum class Scheme : uint8_t;
 
+ModelConfig parse_config(rust::Str json);
 rust::String canonical_tensor_name(rust::Str name);
 rust::Vec<uint8_t> quantize_e4m3(DType dtype, rust::Slice<const uint8_t> bytes, rust::Slice<const float> scales);
 rust::Vec<TensorSlot> tensor_table(const ModelSpec& spec);

@@ -1,4 +1,4 @@
-//! `config.json` to [`ModelSpec`]: every form Gemma 1, 2 and 3 have been published in.
+//! `config.json`: the core makes a [`ModelSpec`] of it; ids of tokens and how it was quantized are read here.
 
 use std::path::Path;
 
@@ -6,15 +6,8 @@ use serde_json::{Map, Value};
 
 use super::fields::{Fields, read_object};
 use super::quantization::Quantization;
-use crate::engine::{LayerSpec, ModelSpec, Scheme};
+use crate::engine::{ModelSpec, parse_config};
 use crate::error::{Error, Result};
-
-#[derive(Clone, Copy, PartialEq)]
-enum Family {
-    Gemma1,
-    Gemma2,
-    Gemma3,
-}
 
 /// What `config.json` says.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,18 +42,19 @@ impl Config {
 
     pub fn parse(path: &Path, map: &Map<String, Value>) -> Result<Self> {
         let top = Fields::new(path, map);
-        let (family, fields) = find_text_model(top)?;
-        refuse_unsupported(top)?;
-        refuse_unsupported(fields)?;
-        let spec = model_spec(family, fields, top)?;
+        let found =
+            parse_config(&Value::Object(map.clone()).to_string()).map_err(|error| top.error(error.to_string()))?;
+        // Where a model that sees as well has what concerns its text.
+        let text = if top.string("model_type")? == Some("gemma3") { top.object("text_config")? } else { None };
+        let fields = text.unwrap_or(top);
         // Ids stand at the top or beside the text model.
         let ids = |name| Ok::<_, Error>(if fields.has(name) { fields.token_ids(name)? } else { top.token_ids(name)? });
         let mut config = Config {
-            vocab_given: fields.has("vocab_size"),
+            vocab_given: found.vocab_given,
             eos_token_ids: ids("eos_token_id")?,
             bos_token_id: ids("bos_token_id")?.first().copied(),
             quantized: false,
-            spec,
+            spec: found.spec,
         };
         // It stands at the top or beside the text model.
         for place in [top, fields] {
@@ -69,220 +63,6 @@ impl Config {
             }
         }
         Ok(config)
-    }
-}
-
-fn find_text_model(top: Fields) -> Result<(Family, Fields)> {
-    let family = |name: &str| match name {
-        "gemma" => Some(Family::Gemma1),
-        "gemma2" => Some(Family::Gemma2),
-        "gemma3" | "gemma3_text" => Some(Family::Gemma3),
-        _ => None,
-    };
-    let known = "gemma, gemma2, gemma3, gemma3_text";
-    let name =
-        top.string("model_type")?.ok_or_else(|| top.error(format!("`model_type` is missing; known: {known}")))?;
-    let found =
-        family(name).ok_or_else(|| top.error(format!("`model_type` {name:?} is not supported; known: {known}")))?;
-    match top.object("text_config")? {
-        Some(text) if name == "gemma3" => Ok((found, text)),
-        None if name == "gemma3" => Err(top.error("`model_type` \"gemma3\" without a `text_config`")),
-        _ => Ok((found, top)),
-    }
-}
-
-/// What would change the computation in ways this engine does not know.
-fn refuse_unsupported(fields: Fields) -> Result<()> {
-    for name in ["attention_bias", "use_bidirectional_attention"] {
-        if fields.boolean(name)? == Some(true) {
-            return Err(fields.error(format!("`{name}` true is not supported; no published Gemma text model has it")));
-        }
-    }
-    // Gemma means the tanh form of GELU under every name it was given, "gelu" of the first configs among them.
-    for name in ["hidden_act", "hidden_activation"] {
-        match fields.string(name)? {
-            None | Some("gelu" | "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" | "gelu_tanh") => {}
-            Some(other) => return Err(fields.error(format!("`{name}` {other:?} is not a GELU, which every Gemma has"))),
-        }
-    }
-    Ok(())
-}
-
-fn model_spec(family: Family, fields: Fields, top: Fields) -> Result<ModelSpec> {
-    let gemma3 = family == Family::Gemma3;
-    // Gemma 3 configs leave out what equals the class defaults.
-    let count = |name: &str, default: u32| match fields.count(name)? {
-        Some(value) => Ok(value),
-        None if gemma3 => Ok(default),
-        None => fields.required_count(name),
-    };
-    let layers = count("num_hidden_layers", 26)?;
-    if !(1..=1024).contains(&layers) {
-        return Err(fields.error(format!("`num_hidden_layers` is {layers}, outside 1..1024")));
-    }
-    let tied = match fields.boolean("tie_word_embeddings")? {
-        Some(tied) => tied,
-        None => top.boolean("tie_word_embeddings")?.unwrap_or(true),
-    };
-    let spec = ModelSpec {
-        vocab_size: count("vocab_size", 262_208)?,
-        hidden_size: count("hidden_size", 2304)?,
-        ffn_size: count("intermediate_size", 9216)?,
-        max_positions: fields.count("max_position_embeddings")?.unwrap_or(if gemma3 { 131_072 } else { 8192 }),
-        rms_norm_eps: fields.positive("rms_norm_eps")?.unwrap_or(1e-6) as f32,
-        final_soft_cap: soft_cap(family, fields, "final_logit_softcapping", 30.0)?,
-        tied_embeddings: tied,
-        lm_head: Scheme::Plain,
-        layers: layer_specs(
-            family,
-            fields,
-            layers,
-            count("num_attention_heads", 8)?,
-            count("num_key_value_heads", 4)?,
-        )?,
-    };
-    // The core knows what it can compute with; its error names the number.
-    crate::engine::tensor_table(&spec).map_err(|error| fields.error(error.to_string()))?;
-    Ok(spec)
-}
-
-/// Absent means the class default of Gemma 2, null means none.
-fn soft_cap(family: Family, fields: Fields, name: &str, gemma2_default: f32) -> Result<f32> {
-    match fields.positive(name)? {
-        Some(cap) => Ok(cap as f32),
-        None if family == Family::Gemma2 && !fields.has(name) => Ok(gemma2_default),
-        None => Ok(0.0),
-    }
-}
-
-fn layer_specs(family: Family, fields: Fields, layers: u32, heads: u32, kv_heads: u32) -> Result<Vec<LayerSpec>> {
-    let head_dim = fields.count("head_dim")?.unwrap_or(256);
-    let scalar = match family {
-        Family::Gemma1 => f64::from(head_dim),
-        _ => fields.positive("query_pre_attn_scalar")?.unwrap_or(256.0),
-    };
-    let window = match family {
-        Family::Gemma1 => 0,
-        // Null is no window; absent is the class default.
-        _ if fields.has("sliding_window") => fields.count("sliding_window")?.unwrap_or(0),
-        _ => 4096,
-    };
-    let attention_soft_cap = soft_cap(family, fields, "attn_logit_softcapping", 50.0)?;
-    let ropes = Ropes::read(family, fields)?;
-    let local = local_layers(family, fields, layers)?;
-    Ok(local
-        .into_iter()
-        .map(|local| {
-            let rope = if local { ropes.local } else { ropes.global };
-            LayerSpec {
-                window: if local { window } else { 0 },
-                rope_theta: rope.theta,
-                rope_factor: rope.factor,
-                heads,
-                kv_heads,
-                head_dim,
-                attention_scale: scalar.powf(-0.5) as f32,
-                attention_soft_cap,
-                post_norms: family != Family::Gemma1,
-                qk_norm: family == Family::Gemma3,
-                qkv: Scheme::Plain,
-                attention_out: Scheme::Plain,
-                gate_up: Scheme::Plain,
-                down: Scheme::Plain,
-                fp8_cache: false,
-            }
-        })
-        .collect())
-}
-
-/// Which layers see only a window: named one by one, or all but every so-manieth.
-fn local_layers(family: Family, fields: Fields, layers: u32) -> Result<Vec<bool>> {
-    if family == Family::Gemma1 {
-        return Ok(vec![false; layers as usize]);
-    }
-    if let Some(kinds) = fields.strings("layer_types")? {
-        if kinds.len() != layers as usize {
-            return Err(fields.error(format!("`layer_types` names {} layers of {layers}", kinds.len())));
-        }
-        let local = |kind: &str| match kind {
-            "sliding_attention" => Ok(true),
-            "full_attention" => Ok(false),
-            other => Err(fields.error(format!(
-                "`layer_types` holds {other:?}; known are \"sliding_attention\" and \"full_attention\""
-            ))),
-        };
-        return kinds.into_iter().map(local).collect();
-    }
-    let pattern = match fields.count("sliding_window_pattern")? {
-        Some(pattern) => pattern,
-        None => fields.count("_sliding_window_pattern")?.unwrap_or(if family == Family::Gemma2 { 2 } else { 6 }),
-    };
-    if pattern == 0 {
-        return Err(fields.error("`sliding_window_pattern` is 0; it counts layers and starts at 1"));
-    }
-    Ok((0..layers).map(|layer| (layer + 1) % pattern != 0).collect())
-}
-
-#[derive(Clone, Copy)]
-struct Rope {
-    theta: f64,
-    factor: f64,
-}
-
-struct Ropes {
-    global: Rope,
-    local: Rope,
-}
-
-impl Ropes {
-    /// Old: `rope_theta`, `rope_local_base_freq`, `rope_scaling`, which concerns global layers only. New:
-    /// `rope_parameters`, flat for Gemma 1 and 2, one for each kind of layer in Gemma 3.
-    fn read(family: Family, fields: Fields) -> Result<Self> {
-        let gemma3 = family == Family::Gemma3;
-        let theta = if gemma3 { 1e6 } else { 1e4 };
-        if let Some(new) = fields.object("rope_parameters")? {
-            let full = new.object("full_attention")?;
-            let sliding = new.object("sliding_attention")?;
-            let global = Rope::read(full.unwrap_or(new), theta)?;
-            let local = match sliding {
-                Some(sliding) => Rope::read(sliding, 1e4)?,
-                None if gemma3 => Rope { theta: fields.positive("rope_local_base_freq")?.unwrap_or(1e4), factor: 1.0 },
-                None => global,
-            };
-            return Ok(Ropes { global, local });
-        }
-        let theta = fields.positive("rope_theta")?.unwrap_or(theta);
-        let factor = match fields.object("rope_scaling")? {
-            Some(scaling) => Rope::read(scaling, theta)?.factor,
-            None => 1.0,
-        };
-        let global = Rope { theta, factor };
-        if !gemma3 {
-            return Ok(Ropes { global, local: global });
-        }
-        let local = Rope { theta: fields.positive("rope_local_base_freq")?.unwrap_or(1e4), factor: 1.0 };
-        Ok(Ropes { global, local })
-    }
-}
-
-impl Rope {
-    fn read(fields: Fields, default_theta: f64) -> Result<Self> {
-        let kind = match fields.string("rope_type")? {
-            Some(kind) => kind,
-            None => fields.string("type")?.unwrap_or("default"),
-        };
-        let factor = match kind {
-            "default" => 1.0,
-            "linear" => {
-                fields.positive("factor")?.ok_or_else(|| fields.error("linear RoPE scaling without a `factor`"))?
-            }
-            other => {
-                return Err(
-                    fields.error(format!("RoPE type {other:?} is not supported; known are \"default\" and \"linear\""))
-                );
-            }
-        };
-        Ok(Rope { theta: fields.positive("rope_theta")?.unwrap_or(default_theta), factor })
     }
 }
 

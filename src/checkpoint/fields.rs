@@ -88,22 +88,10 @@ impl<'a> Fields<'a> {
         whole.map(Some).ok_or_else(|| self.wrong(name, "a whole number from 0 to 4294967295"))
     }
 
-    pub fn required_count(&self, name: &str) -> Result<u32> {
-        self.count(name)?.ok_or_else(|| self.error(format!("`{name}` is missing")))
-    }
-
     /// A finite number.
     pub fn number(&self, name: &str) -> Result<Option<f64>> {
         let Some(value) = self.get(name) else { return Ok(None) };
         value.as_f64().filter(|number| number.is_finite()).map(Some).ok_or_else(|| self.wrong(name, "a finite number"))
-    }
-
-    /// A number above zero.
-    pub fn positive(&self, name: &str) -> Result<Option<f64>> {
-        match self.number(name)? {
-            Some(number) if number <= 0.0 => Err(self.wrong(name, "above 0")),
-            number => Ok(number),
-        }
     }
 
     pub fn strings(&self, name: &str) -> Result<Option<Vec<&'a str>>> {
