@@ -11,11 +11,13 @@ const ROOMS: [&str; 6] = ["cpp/support", "cpp/ops", "cpp/reference", "cpp/core",
 
 fn main() {
     println!("cargo:rerun-if-changed=cpp");
+    println!("cargo:rerun-if-changed=include");
     println!("cargo:rerun-if-changed=src/bridge.rs");
     if std::env::var_os("DOCS_RS").is_some() {
         return; // documentation needs no C++ toolchain
     }
     let mut build = cxx_build::bridge("src/bridge.rs");
+    build.define("GEMMA_CUDA_VERSION", format!("{:?}", env!("CARGO_PKG_VERSION")).as_str());
     build.std("c++20").include("cpp").include("include").warnings(true).extra_warnings(true);
     // The core is the hot path in every profile; Rust's debug info level still applies.
     // No contraction into fused multiply-adds behind our back: a result must not depend on how a loop was unrolled.

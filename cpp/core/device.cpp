@@ -57,6 +57,21 @@ std::unique_ptr<Backend> make_gpu_backend(int, const ModelSpec&, const EngineOpt
 
 }  // namespace
 
+#ifdef GEMMA_CUDA_WITH_CUDA
+bool has_cuda() { return true; }
+uint32_t gpu_count() { return static_cast<uint32_t>(cuda::devices()); }
+void require_gpu(uint32_t index, bool fp8) {
+  if (index > INT32_MAX) throw Error::device("there is no device cuda:" + std::to_string(index));
+  cuda::make_backend(static_cast<int>(index), fp8);
+}
+#else
+bool has_cuda() { return false; }
+uint32_t gpu_count() { return 0; }
+void require_gpu(uint32_t index, bool) {
+  throw Error::device("cuda:" + std::to_string(index) + ": this build has only the reference backend");
+}
+#endif
+
 Device make_device(const ModelSpec& spec, const EngineOptions& options) {
   if (const std::optional<int> index = gpu_index(options.device)) return {make_gpu_backend(*index, spec, options), {}};
   if (options.device != "auto" && options.device != "reference")

@@ -19,6 +19,12 @@ struct Device {
 // Error::device saying why a device that was asked for cannot be had.
 Device make_device(const ModelSpec& spec, const EngineOptions& options);
 
+// Whether this build has the CUDA backend; how many GPUs this process may use, 0 where it has not.
+bool has_cuda();
+uint32_t gpu_count();
+// Throws Error::device saying why the GPU cannot be used, or not for FP8.
+void require_gpu(uint32_t index, bool fp8);
+
 // What that device's operations will need for themselves. Where "cuda:N" is not there, that of a common GPU.
 uint64_t workspace_bytes(const ModelSpec& spec, const EngineOptions& options);
 

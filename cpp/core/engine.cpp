@@ -245,6 +245,13 @@ uint32_t Engine::add_sequence(std::span<const uint32_t> tokens, uint32_t prompt_
   return static_cast<uint32_t>(slot - s.sequences.begin());
 }
 
+uint32_t Engine::fork_sequence(uint32_t id, const SamplingConfig& sampling) {
+  const Sequence& sequence = state_->sequence(id);
+  require(!sequence.pending(), "sequence " + number(id) + " has a token that is not collected yet");
+  const std::vector<uint32_t> tokens = sequence.tokens;
+  return add_sequence(tokens, sequence.prompt_tokens, sampling, true);
+}
+
 void Engine::append_tokens(uint32_t id, std::span<const uint32_t> tokens) {
   Sequence& sequence = state_->sequence(id);
   state_->require_tokens(tokens);
@@ -316,6 +323,8 @@ std::vector<ItemOutput> Engine::step(std::span<const StepItem> items) {
   return collect();
 }
 
+uint32_t Engine::launched() const { return static_cast<uint32_t>(state_->launched.size()); }
+
 bool Engine::runs_ahead() const { return state_->backend->asynchronous(); }
 
 EngineStatistics Engine::statistics() const {
@@ -334,6 +343,8 @@ void Engine::start_calibration() {
   s.calibration.emplace(*s.backend, s.spec);
   s.forward.observe(&*s.calibration);
 }
+
+void Engine::stop_calibration() { state_->forward.observe(nullptr); }
 
 std::vector<Observation> Engine::calibration() const {
   state_->require_working();

@@ -110,6 +110,8 @@ class Engine {
   // `reuse_prefix`, whole pages that another sequence left behind are taken over. Returns the sequence's number.
   uint32_t add_sequence(std::span<const uint32_t> tokens, uint32_t prompt_tokens, const SamplingConfig& sampling,
                         bool reuse_prefix);
+  // The same tokens once more, of which none may be pending, with another sampling; full pages are shared.
+  uint32_t fork_sequence(uint32_t sequence, const SamplingConfig& sampling);
   void append_tokens(uint32_t sequence, std::span<const uint32_t> tokens);
   void remove_sequence(uint32_t sequence);
   SequenceState sequence_state(uint32_t sequence) const;
@@ -126,6 +128,8 @@ class Engine {
   // are empty. Penalties look at all tokens, so a sequence with them can be sampled only when none is pending.
   void launch(std::span<const StepItem> items);
   std::vector<ItemOutput> collect();
+  // Steps that are launched and not collected.
+  uint32_t launched() const;
   // Whether launching ahead gains anything: a device that is not asynchronous has computed when launch() returns.
   bool runs_ahead() const;
   static constexpr uint32_t kMaxAhead = 2;
@@ -134,9 +138,10 @@ class Engine {
   // Bytes read and written in a second by a copy within the device's memory, measured now, beside what is allocated.
   double copy_bandwidth();
 
-  // From now on every step gathers the magnitudes of all activations; a model with FP8 is refused.
+  // From now on every step gathers the magnitudes of all activations, until it is stopped; a model with FP8 is refused.
   void start_calibration();
-  // What was gathered since.
+  void stop_calibration();
+  // What was gathered since it was started.
   std::vector<Observation> calibration() const;
 
  private:
