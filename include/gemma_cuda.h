@@ -1,8 +1,8 @@
 /* gemma-cuda: Gemma 1, 2 and 3 for programs that are not Rust. Plain C99; C++ may include it as well.
  *
  * A model is a shape, made of the text of config.json. An engine is a model on a device, with its weights, its paged
- * cache of keys and values and the sequences in it. A step is one forward pass over any mix of sequences: prompts, parts
- * of prompts, and single tokens, laid end to end. Files, tokenizers and waiting queues are the host's.
+ * cache of keys and values and the sequences in it. A step is one forward pass over any mix of sequences: prompts,
+ * parts of prompts, and single tokens, laid end to end. Files, tokenizers and waiting queues are the host's.
  *
  *     gemma_cuda_model_parse     config.json -> model
  *     gemma_cuda_engine_create   model + options -> engine, all memory taken
@@ -17,8 +17,8 @@
  * - No exception leaves it, and it never ends the process.
  * - Pointers to data are read during the call only. What a call hands out belongs to the library, and lives as long as
  *   the call's description says. Strings are UTF-8 and end with a zero byte.
- * - Different engines may be used by different threads at the same time. One engine is used by one thread at a time, any
- *   thread. Models do not change after they are quantized, and may then be shared.
+ * - Different engines may be used by different threads at the same time, one engine by one thread at a time, whichever.
+ *   Models do not change after they are quantized, and may then be shared.
  * - Structs begin with their size, which the _init function of their kind sets with the defaults: later versions may
  *   add members behind, and a host that was built before them goes on working. A size that is larger than the library
  *   knows is refused where something stands behind what it knows.
@@ -91,8 +91,8 @@ GEMMA_CUDA_API void gemma_cuda_model_free(gemma_cuda_model *model);
 
 typedef struct gemma_cuda_model_info {
   uint32_t size;
-  uint32_t vocab_size;    /* rows of the embedding; token ids are below */
-  uint32_t hidden_size;   /* width of the residual stream */
+  uint32_t vocab_size;  /* rows of the embedding; token ids are below */
+  uint32_t hidden_size; /* width of the residual stream */
   uint32_t layers;
   uint32_t max_positions; /* longest sequence, in tokens */
   uint32_t tensors;       /* see gemma_cuda_model_tensor */
@@ -108,28 +108,29 @@ GEMMA_CUDA_API gemma_cuda_status gemma_cuda_model_tensor(const gemma_cuda_model 
 /* How a matrix is kept and multiplied. */
 typedef uint32_t gemma_cuda_scheme;
 enum {
-  GEMMA_CUDA_PLAIN = 0,       /* as the engine's options say */
-  GEMMA_CUDA_FP8_STATIC = 1,  /* in E4M3 with a scale for each row; inputs with one scale, which calibration found */
-  GEMMA_CUDA_FP8_DYNAMIC = 2  /* in E4M3 with a scale for each row; inputs with a scale for each token */
+  GEMMA_CUDA_PLAIN = 0,      /* as the engine's options say */
+  GEMMA_CUDA_FP8_STATIC = 1, /* in E4M3 with a scale for each row; inputs with one scale, which calibration found */
+  GEMMA_CUDA_FP8_DYNAMIC = 2 /* in E4M3 with a scale for each row; inputs with a scale for each token */
 };
 typedef struct gemma_cuda_quantization {
   uint32_t size;
-  gemma_cuda_scheme matrices;  /* of the layers */
-  gemma_cuda_scheme lm_head;   /* the output embedding; in FP8 it is a matrix of its own, tied or not */
-  uint32_t fp8_cache;          /* keys and values in E4M3, with a scale for each head */
+  gemma_cuda_scheme matrices;   /* of the layers */
+  gemma_cuda_scheme lm_head;    /* the output embedding; in FP8 it is a matrix of its own, tied or not */
+  uint32_t fp8_cache;           /* keys and values in E4M3, with a scale for each head */
   const uint32_t *plain_layers; /* [plain_layer_count] layers whose matrices stay as they are */
   size_t plain_layer_count;
 } gemma_cuda_quantization;
 GEMMA_CUDA_API void gemma_cuda_quantization_init(gemma_cuda_quantization *quantization);
 /* Changes which tensors the model has: matrices in FP8 have a "…weight_scale" and perhaps an "…input_scale", a cache in
- * FP8 "…k_scale" and "…v_scale". A matrix in FP8 may also be loaded unquantized, without its "…weight_scale": it is then
- * quantized row by row on its way to the device. */
+ * FP8 "…k_scale" and "…v_scale". A matrix in FP8 may also be loaded unquantized, without its "…weight_scale": it is
+ * then quantized row by row on its way to the device. */
 GEMMA_CUDA_API gemma_cuda_status gemma_cuda_model_quantize(gemma_cuda_model *model,
                                                            const gemma_cuda_quantization *quantization);
 
 /* ---- Engines ----------------------------------------------------------------------------------------------------- */
 
-/* 0: something to know, 1: something to mend. `text` lives during the call. Called by the thread that uses the engine. */
+/* Level 0: something to know, 1: something to mend. `text` lives during the call, by the thread that uses the engine.
+ */
 typedef void (*gemma_cuda_log)(void *user, int32_t level, const char *text);
 
 typedef struct gemma_cuda_options {
@@ -180,7 +181,8 @@ GEMMA_CUDA_API gemma_cuda_status gemma_cuda_load_tensor(gemma_cuda_engine *engin
                                                         const void *data, size_t bytes);
 /* Random weights instead, for measuring. */
 GEMMA_CUDA_API gemma_cuda_status gemma_cuda_load_random(gemma_cuda_engine *engine, uint64_t seed);
-/* After the last tensor. GEMMA_CUDA_INVALID_ARGUMENT names the first that is missing. Captures steps: may take seconds. */
+/* After the last tensor. GEMMA_CUDA_INVALID_ARGUMENT names the first that is missing. Captures steps: may take seconds.
+ */
 GEMMA_CUDA_API gemma_cuda_status gemma_cuda_finish_loading(gemma_cuda_engine *engine);
 
 /* ---- Sequences --------------------------------------------------------------------------------------------------- */
@@ -198,10 +200,10 @@ typedef struct gemma_cuda_bias {
  * min_p. The same seed picks the same tokens. */
 typedef struct gemma_cuda_sampling {
   uint32_t size;
-  float temperature; /* 0: the likeliest token */
-  uint32_t top_k;    /* 0: all */
-  float top_p;       /* 1: all */
-  float min_p;       /* 0: all */
+  float temperature;        /* 0: the likeliest token */
+  uint32_t top_k;           /* 0: all */
+  float top_p;              /* 1: all */
+  float min_p;              /* 0: all */
   float repetition_penalty; /* 1: none; over prompt and generated tokens */
   float presence_penalty;   /* over generated tokens */
   float frequency_penalty;  /* over generated tokens, for each occurrence */
@@ -216,8 +218,8 @@ typedef struct gemma_cuda_sampling {
 GEMMA_CUDA_API void gemma_cuda_sampling_init(gemma_cuda_sampling *sampling); /* greedy */
 
 /* Starts a sequence of `count` known tokens, of which the first `prompt_count` are the prompt; the rest counts as
- * generated. `sampling` NULL is greedy. With `reuse_prefix` not 0, whole pages that other sequences filled with the same
- * tokens are taken over and need not be fed: see gemma_cuda_sequence_state. */
+ * generated. `sampling` NULL is greedy. With `reuse_prefix` not 0, whole pages that other sequences filled with the
+ * same tokens are taken over and need not be fed: see gemma_cuda_sequence_state. */
 GEMMA_CUDA_API gemma_cuda_status gemma_cuda_add_sequence(gemma_cuda_engine *engine, const uint32_t *tokens,
                                                          size_t count, size_t prompt_count,
                                                          const gemma_cuda_sampling *sampling, uint32_t reuse_prefix,
@@ -296,9 +298,9 @@ GEMMA_CUDA_API gemma_cuda_status gemma_cuda_stop_calibration(gemma_cuda_engine *
 #define GEMMA_CUDA_MAGNITUDE_BINS 4096u
 typedef struct gemma_cuda_observation {
   uint32_t size;
-  uint32_t groups;     /* K/V heads, for keys and values; else 1 */
-  const char *name;    /* of the scale it decides: "model.layers.0.mlp.down_proj.input_scale", "….self_attn.k_scale" */
-  const float *amax;   /* [groups] largest finite magnitudes; amax / 448 is the scale with which nothing saturates */
+  uint32_t groups;   /* K/V heads, for keys and values; else 1 */
+  const char *name;  /* of the scale it decides: "model.layers.0.mlp.down_proj.input_scale", "….self_attn.k_scale" */
+  const float *amax; /* [groups] largest finite magnitudes; amax / 448 is the scale with which nothing saturates */
   const uint64_t *counts; /* [groups][GEMMA_CUDA_MAGNITUDE_BINS]: bin i begins at the float32 with the bits i << 19 */
 } gemma_cuda_observation;
 GEMMA_CUDA_API void gemma_cuda_observation_init(gemma_cuda_observation *observation);
@@ -319,9 +321,9 @@ typedef struct gemma_cuda_statistics {
   uint64_t bytes_read;     /* that the steps had to read at least: weights once a step, keys and values that are seen */
   uint64_t flops;          /* of products with weights */
   uint64_t memory, peak_memory; /* bytes allocated on the device, and the most that were */
-  double load_seconds;    /* in gemma_cuda_load_tensor, gemma_cuda_load_random and gemma_cuda_finish_loading */
-  double launch_seconds;  /* in the first halves of steps: planning, and what the host had to wait for a device */
-  double collect_seconds; /* in the second halves: waiting for results, and copying them */
+  double load_seconds;          /* in gemma_cuda_load_tensor, gemma_cuda_load_random and gemma_cuda_finish_loading */
+  double launch_seconds;        /* in the first halves of steps: planning, and what the host had to wait for a device */
+  double collect_seconds;       /* in the second halves: waiting for results, and copying them */
 } gemma_cuda_statistics;
 GEMMA_CUDA_API void gemma_cuda_statistics_init(gemma_cuda_statistics *statistics);
 /* Since the engine was made; of a stretch it is the difference of two of these. */

@@ -135,7 +135,8 @@ int main(int argc, char **argv) {
   load(engine, model, argv[1]);
   gemma_cuda_model_free(model);
 
-  if (!tensor_file_open(&golden, argv[1], "golden.safetensors")) fail(argv[1], "there is no golden.safetensors to read");
+  if (!tensor_file_open(&golden, argv[1], "golden.safetensors"))
+    fail(argv[1], "there is no golden.safetensors to read");
   for (; count < MOST_PROMPTS; ++count) {
     prompt *next = &prompts[count];
     next->prompt = read_ids(&golden, count, "ids", next->ids);

@@ -83,10 +83,10 @@ int tensor_file_find(const tensor_file *file, const char *name, tensor *found) {
   rank = numbers(shape, found->shape, 4);
   if (rank < 0 || numbers(offsets, range, 2) != 2 || range[0] > range[1] || range[1] > file->data_size) return 0;
   found->rank = (uint32_t)rank;
-  found->dtype = strncmp(dtype, "\"BF16\"", 6) == 0   ? GEMMA_CUDA_BF16
+  found->dtype = strncmp(dtype, "\"BF16\"", 6) == 0  ? GEMMA_CUDA_BF16
                  : strncmp(dtype, "\"F32\"", 5) == 0 ? GEMMA_CUDA_F32
                  : strncmp(dtype, "\"F16\"", 5) == 0 ? GEMMA_CUDA_F16
-                                                    : NO_DTYPE;
+                                                     : NO_DTYPE;
   found->data = file->data + range[0];
   found->bytes = (size_t)(range[1] - range[0]);
   return 1;
