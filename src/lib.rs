@@ -34,6 +34,8 @@ mod parallel;
 pub mod verify;
 
 pub use error::{Error, Result};
+#[cfg(feature = "futures")]
+pub use generate::GenerationStream;
 pub use generate::{
     Canceller, Completion, FinishReason, Generation, Piece, Prompt, Request, SamplingParams, Timing, Token, TopToken,
     Usage,

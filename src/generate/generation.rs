@@ -2,10 +2,15 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::RecvError;
+#[cfg(feature = "futures")]
+use std::task::{Context, Poll};
 
 use super::completion::{Completion, Piece};
+use super::events::EventReceiver;
 use super::job::Event;
+#[cfg(feature = "futures")]
+use super::stream::GenerationStream;
 use super::worker::{Ending, gone};
 use crate::{Error, Result};
 
@@ -13,7 +18,7 @@ use crate::{Error, Result};
 ///
 /// It runs whether or not anybody reads; dropping it cancels it. An error is the last item of the iterator.
 pub struct Generation {
-    events: Receiver<Event>,
+    events: EventReceiver,
     ending: Ending,
     cancelled: Arc<AtomicBool>,
     result: Option<Result<Completion>>,
@@ -32,7 +37,7 @@ impl Canceller {
 }
 
 impl Generation {
-    pub(crate) fn new(events: Receiver<Event>, ending: Ending) -> Self {
+    pub(crate) fn new(events: EventReceiver, ending: Ending) -> Self {
         Generation { events, ending, cancelled: Arc::default(), result: None }
     }
 
@@ -58,6 +63,36 @@ impl Generation {
         self.result.take().unwrap_or_else(|| Err(gone(&self.ending)))
     }
 
+    /// The same for programs that do not block.
+    #[cfg(feature = "futures")]
+    pub fn into_stream(self) -> GenerationStream {
+        GenerationStream::new(self)
+    }
+
+    #[cfg(feature = "futures")]
+    pub(crate) fn poll_next(&mut self, context: &Context<'_>) -> Poll<Option<Result<Piece>>> {
+        if self.has_ended() {
+            return Poll::Ready(None);
+        }
+        self.events.poll(context).map(|event| self.take(event))
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.result.is_some()
+    }
+
+    fn take(&mut self, event: Result<Event, RecvError>) -> Option<Result<Piece>> {
+        match event {
+            Ok(Event::Piece(piece)) => Some(Ok(piece)),
+            Ok(Event::Done(completion)) => {
+                self.result = Some(Ok(*completion));
+                None
+            }
+            Ok(Event::Failed(error)) => self.end(error),
+            Err(RecvError) => self.end(gone(&self.ending)),
+        }
+    }
+
     fn end(&mut self, error: Error) -> Option<Result<Piece>> {
         self.result = Some(Err(error.duplicate()));
         Some(Err(error))
@@ -68,18 +103,11 @@ impl Iterator for Generation {
     type Item = Result<Piece>;
 
     fn next(&mut self) -> Option<Result<Piece>> {
-        if self.result.is_some() {
+        if self.has_ended() {
             return None;
         }
-        match self.events.recv() {
-            Ok(Event::Piece(piece)) => Some(Ok(piece)),
-            Ok(Event::Done(completion)) => {
-                self.result = Some(Ok(*completion));
-                None
-            }
-            Ok(Event::Failed(error)) => self.end(error),
-            Err(_) => self.end(gone(&self.ending)),
-        }
+        let event = self.events.recv();
+        self.take(event)
     }
 }
 

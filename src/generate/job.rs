@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
 use std::time::Instant;
 
 use super::completion::{Completion, FinishReason, Piece, Timing, Token, TopToken};
+use super::events::EventSender;
 use super::stop::Scan;
 use super::text::TextStream;
 use crate::engine::{ItemOutput, SamplingConfig, ScoredToken};
@@ -41,12 +41,12 @@ pub(crate) struct Job {
     cached_prompt_tokens: Option<usize>,
     submitted: Instant,
     timing: Timing,
-    events: Sender<Event>,
+    events: EventSender,
     cancelled: Arc<AtomicBool>,
 }
 
 impl Job {
-    pub fn new(plan: Plan, events: Sender<Event>, cancelled: Arc<AtomicBool>) -> Self {
+    pub fn new(plan: Plan, events: EventSender, cancelled: Arc<AtomicBool>) -> Self {
         Job {
             tokens: plan.prompt.clone(),
             plan,
@@ -177,11 +177,11 @@ impl Job {
             prompt_token_ids: self.plan.prompt,
             timing: self.timing,
         };
-        tell(&self.events, Event::Done(Box::new(completion)));
+        self.events.send(Event::Done(Box::new(completion)));
     }
 
     pub fn fail(self, error: Error) {
-        tell(&self.events, Event::Failed(error));
+        self.events.send(Event::Failed(error));
     }
 
     fn release(&mut self, text: String) {
@@ -192,13 +192,8 @@ impl Job {
 
     fn send(&mut self, text: String, tokens: Vec<Token>) {
         self.text.push_str(&text);
-        tell(&self.events, Event::Piece(Piece { text, tokens }));
+        self.events.send(Event::Piece(Piece { text, tokens }));
     }
-}
-
-/// A caller that no longer listens has dropped its generation, which also cancelled the job.
-fn tell(events: &Sender<Event>, event: Event) {
-    let _gone = events.send(event);
 }
 
 fn token(scored: ScoredToken, top: u32) -> Token {

@@ -4,6 +4,7 @@
 //! all requests continuously; each comes back as a [`Generation`], and its tokens do not depend on what else runs.
 
 mod completion;
+mod events;
 #[cfg(test)]
 mod fake;
 mod generation;
@@ -12,6 +13,8 @@ mod request;
 mod sampling;
 mod scheduler;
 mod stop;
+#[cfg(feature = "futures")]
+mod stream;
 mod text;
 mod worker;
 
@@ -20,6 +23,8 @@ pub use generation::{Canceller, Generation};
 pub use request::{DEFAULT_MAX_NEW_TOKENS, MAX_LOGPROBS, Prompt, Request};
 pub use sampling::SamplingParams;
 pub use scheduler::Usage;
+#[cfg(feature = "futures")]
+pub use stream::GenerationStream;
 
 pub(crate) use job::Plan;
 pub(crate) use scheduler::{Core, Limits, Scheduler};

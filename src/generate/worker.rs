@@ -5,6 +5,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
+use super::events::events;
 use super::generation::Generation;
 use super::job::{Job, Plan};
 use super::scheduler::{Core, Scheduler, Usage};
@@ -55,7 +56,7 @@ impl Worker {
     }
 
     fn job(&self, plan: Plan) -> (Job, Generation) {
-        let (events, inbox) = channel();
+        let (events, inbox) = events();
         let generation = Generation::new(inbox, self.ending.clone());
         (Job::new(plan, events, generation.cancel_flag()), generation)
     }

@@ -1,10 +1,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, channel};
 
 use proptest::prelude::*;
 
 use super::super::completion::Completion;
+use super::super::events::{EventReceiver, events};
 use super::super::fake::{FakeEngine, Fault, successor};
 use super::super::job::{Event, Plan};
 use super::super::text::TextStream;
@@ -29,13 +29,13 @@ fn plan(prompt: &[u32], max_new_tokens: usize) -> Plan {
 
 /// A caller's end of a job.
 struct Caller {
-    events: Receiver<Event>,
+    events: EventReceiver,
     cancelled: Arc<AtomicBool>,
 }
 
 impl Caller {
     fn result(&self) -> Option<Result<Completion>> {
-        self.events.try_iter().find_map(|event| match event {
+        std::iter::from_fn(|| self.events.try_recv()).find_map(|event| match event {
             Event::Piece(_) => None,
             Event::Done(completion) => Some(Ok(*completion)),
             Event::Failed(error) => Some(Err(error)),
@@ -44,7 +44,7 @@ impl Caller {
 }
 
 fn submit(scheduler: &mut Scheduler<FakeEngine>, plan: Plan) -> Caller {
-    let (events, inbox) = channel();
+    let (events, inbox) = events();
     let cancelled = Arc::new(AtomicBool::new(false));
     scheduler.submit(Job::new(plan, events, cancelled.clone()));
     Caller { events: inbox, cancelled }
