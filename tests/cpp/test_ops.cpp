@@ -111,7 +111,9 @@ void norm(Backend& backend, DType act, uint32_t t, uint32_t h, bool with_delta, 
     if (with_delta)
       for (uint32_t j = 0; j < h; ++j) row[j] += added[j];
     want_residual.insert(want_residual.end(), row.begin(), row.end());
-    const vector<double> y = normed(row, w, 1e-6);
+    // Of the stream as it was rounded: where it nearly cancels, a norm makes much of its last bit.
+    const vector<double> rounded(residual.begin() + i * h, residual.begin() + (i + 1) * h);
+    const vector<double> y = normed(rounded, w, 1e-6);
     want.insert(want.end(), y.begin(), y.end());
   }
   CHECK(test::relative_error(residual, want_residual) < limit(DType::f32));
