@@ -13,6 +13,10 @@
 //
 // What earlier steps left in the cache is asked for before the kernel before has ended (launch.cuh); only the tile with
 // the newest token has to wait for it.
+//
+// Reaches, on an H100 that copies 3.01 TB/s, for 64 sequences of 300, 512 and 960 tokens and 16 heads of 256: in
+// bf16 2.58, 2.73 and 2.82 TB/s, in FP8 2.22, 2.46 and 2.66. What lacks is a fixed 13 to 17 us: finding the work, and
+// combining.
 #include <algorithm>
 #include <cmath>
 

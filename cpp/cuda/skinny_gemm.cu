@@ -19,7 +19,9 @@
 //            q, k, v (75 MB)   attention's output (25 MB)   gate and up (302 MB)   down (151 MB)
 //  8 tokens  28.7; 2.63        13.3; 1.89                   100.3; 3.01            53.8; 2.81
 // 64 tokens  29.4; 2.57        15.7; 1.61                   106.3; 2.84            57.2; 2.64
-// cuBLASLt's fastest at 64: 30.3, 12.6, 111.6, 60.0. The output of attention would be faster there, 0.3 % of a step; it
+//  8, FP8    17.1; 2.21         7.7; 1.63                   51.0; 2.96             29.4; 2.57
+// 64, FP8    17.9; 2.11        11.4; 1.11                   55.3; 2.73             32.5; 2.32
+// cuBLASLt's fastest at 64, bf16: 30.3, 12.6, 111.6, 60.0. The output of attention would be faster there, 0.3 % of a step; it
 // stays here, so that no row of a product depends on the batch. Joining the tiles that are cut takes 1 to 4 us of each.
 #include <cuda_bf16.h>
 
