@@ -10,6 +10,7 @@
 #include "core/plan.h"
 #include "core/sample_plan.h"
 #include "cuda/check.h"
+#include "cuda/gemm.h"
 #include "cuda/skinny_gemm.h"
 #include "gpu.h"
 #include "ops/backend.h"
@@ -392,6 +393,33 @@ class Suite {
       }
   }
 
+  // Scales that are applied behind the product, as on GPUs whose library takes no vectors of them.
+  void gemm_scaled_behind(uint32_t t, uint32_t n, uint32_t k) {
+    auto x = random_fp8(size_t{t} * k), w = random_fp8(size_t{n} * k);
+    auto w_scales = scales(n), x_scales = scales(t);
+    cuda::Gemm gemm({.index = 0, .capability = 89}, "a GPU without vectors of scales");
+    for (const bool one : {false, true}) {
+      auto out = poisoned(size_t{t} * n);
+      const auto args = [&](bool gpu) {
+        float* xs = gpu ? x_scales.gpu() : x_scales.host.data();
+        return GemmArgs{.x = gpu ? static_cast<const void*>(x.gpu()) : x.host.data(),
+                        .w = {.data = gpu ? static_cast<const void*>(w.gpu()) : w.host.data(),
+                              .dtype = DType::e4m3,
+                              .rows = n,
+                              .cols = k,
+                              .scales = gpu ? w_scales.gpu() : w_scales.host.data()},
+                        .out = gpu ? static_cast<void*>(out.gpu()) : out.host.data(),
+                        .out_dtype = DType::bf16,
+                        .tokens = t,
+                        .x_scale = {.scale = one ? xs : nullptr, .row_scales = one ? nullptr : xs}};
+      };
+      reference_->gemm(args(false));
+      gemm.run(args(true), {});
+      GEMMA_CUDA_CHECK(cudaDeviceSynchronize());
+      near("fp8 gemm, scaled behind", out, 2 * kLimit);  // rounded twice
+    }
+  }
+
   void soft_cap() {
     auto x = both(test::normal(3 * 1001, 60));
     reference_->soft_cap({x.host.data(), 3, 1001, 30});
@@ -680,6 +708,8 @@ class Suite {
       gemm_fp8(100, m.hidden, m.ffn, DType::bf16);
       gemm_fp8(3, m.vocab / 32 * 4, m.hidden, DType::f32);
       gemm_fp8(70, m.vocab / 32 * 16, m.hidden, DType::f32);
+      gemm_scaled_behind(5, qkv, m.hidden);
+      gemm_scaled_behind(96, m.hidden, width);
       skinny_gemm<e4m3>(m.hidden, m.ffn);
       skinny_gemm<e4m3>(qkv + 8, m.hidden);
       skinny_gemm<e4m3>(m.vocab / 8 + 1, m.hidden);
