@@ -45,9 +45,11 @@ pub(crate) mod ffi {
         qk_norm: bool,
         /// Of the matrix that makes queries, keys and values.
         qkv: Scheme,
+        /// Of the matrix behind attention.
         attention_out: Scheme,
         /// Of the matrix that makes the MLP's gate and its other factor.
         gate_up: Scheme,
+        /// Of the MLP's last matrix.
         down: Scheme,
         /// Keys and values in E4M3, with a scale for each K/V head.
         fp8_cache: bool,
@@ -72,6 +74,7 @@ pub(crate) mod ffi {
         tied_embeddings: bool,
         /// Of the output embedding; with FP8 it is a matrix of its own, whether tied or not.
         lm_head: Scheme,
+        /// In order from the embedding on.
         layers: Vec<LayerSpec>,
     }
 
@@ -85,8 +88,11 @@ pub(crate) mod ffi {
     /// What the model's matrices are stored as and what activations between operations are rounded to.
     #[derive(Debug)]
     enum DType {
+        /// 32-bit float.
         F32,
+        /// bfloat16.
         BF16,
+        /// float16; only on the way in, Gemma overflows in it.
         F16,
         /// FP8: the OCP standard's E4M3 without infinities. Never without a scale.
         E4M3,
@@ -136,9 +142,13 @@ pub(crate) mod ffi {
     /// driver keeps for itself (kernels, recorded graphs) comes on top.
     #[derive(Clone, Debug, PartialEq)]
     struct MemoryBudget {
+        /// The matrices, norms and scales, as they are kept.
         weights: u64,
+        /// Keys and values of all pages.
         kv_cache: u64,
+        /// What lies between operations, for the largest step.
         activations: u64,
+        /// Of the rows that are sampled or scored, in float32.
         logits: u64,
         /// What operations need for themselves.
         workspace: u64,
@@ -146,9 +156,12 @@ pub(crate) mod ffi {
         total: u64,
     }
 
+    /// What is added to a token's logit before anything else.
     #[derive(Clone, Debug, PartialEq)]
     struct TokenBias {
+        /// Its id.
         token: u32,
+        /// In logits.
         bias: f32,
     }
 
@@ -169,10 +182,13 @@ pub(crate) mod ffi {
         presence_penalty: f32,
         /// 0 is off. Over generated tokens, per occurrence.
         frequency_penalty: f32,
+        /// The same seed picks the same tokens.
         seed: u64,
+        /// Added before penalties; at most one a token.
         logit_bias: Vec<TokenBias>,
         /// Tokens that cannot be sampled before `min_new_tokens` others were.
         stop_tokens: Vec<u32>,
+        /// Before so many, no stop token is sampled.
         min_new_tokens: u32,
         /// How many of the likeliest tokens to report beside the sampled or scored one.
         top_logprobs: u32,
@@ -181,7 +197,9 @@ pub(crate) mod ffi {
     /// One sequence's part in a step: feed its next `tokens` known tokens.
     #[derive(Clone, Copy, Debug, PartialEq)]
     struct StepItem {
+        /// The sequence's number.
         sequence: u32,
+        /// At least 1.
         tokens: u32,
         /// Sample the next token after the last fed one, which must be the sequence's last, and append it.
         sample: bool,
@@ -194,27 +212,38 @@ pub(crate) mod ffi {
         hidden: bool,
     }
 
+    /// A token that was likely.
     #[derive(Clone, Debug, PartialEq)]
     struct TokenLogprob {
+        /// Its id.
         token: u32,
+        /// In nats, under the model: before bias, penalties and temperature.
         logprob: f32,
     }
 
     /// A token, its log-probability under the model (before penalties and temperature), and the likeliest ones.
     #[derive(Clone, Debug, PartialEq)]
     struct ScoredToken {
+        /// Its id.
         token: u32,
+        /// In nats.
         logprob: f32,
+        /// As many as `top_logprobs` said, in order.
         top: Vec<TokenLogprob>,
     }
 
+    /// What a step has for one of its items.
     #[derive(Clone, Debug)]
     struct ItemOutput {
+        /// The sequence's number.
         sequence: u32,
         /// Empty, or the one sampled token.
         sampled: Vec<ScoredToken>,
+        /// If the item asked to score: of every known token that follows a fed one.
         scored: Vec<ScoredToken>,
+        /// If it asked for them: `[tokens, vocab_size]`.
         logits: Vec<f32>,
+        /// If it asked for them: `[layers + 1, tokens, hidden_size]`.
         hidden: Vec<f32>,
         /// Why the sequence can only be removed: it has logits that are not finite. Empty where all is well; else
         /// nothing is sampled or scored.

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+/// With [`enum@Error`] unless said otherwise.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Everything that can go wrong, by what a caller can do about it. Each message names the thing at fault.
@@ -10,15 +11,30 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     /// A file or folder could not be read or written.
     #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        /// Of the file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
 
     /// `config.json` (or another JSON file of a checkpoint) is not what a Gemma model has.
     #[error("{}: {message}", path.display())]
-    Config { path: PathBuf, message: String },
+    Config {
+        /// Of the file.
+        path: PathBuf,
+        /// What is wrong in it.
+        message: String,
+    },
 
     /// A safetensors file is malformed, or its tensors are not those the model has.
     #[error("{}: {message}", path.display())]
-    Checkpoint { path: PathBuf, message: String },
+    Checkpoint {
+        /// Of the file or folder.
+        path: PathBuf,
+        /// What is wrong in it.
+        message: String,
+    },
 
     /// The tokenizer or the chat template failed.
     #[error("{0}")]

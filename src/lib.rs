@@ -15,10 +15,14 @@
 //! # }
 //! ```
 //!
+//! [`Gemma`] and [`Canceller`] are `Send` and `Sync` and cheap to clone, a [`Generation`] is `Send`; an
+//! [`Engine`](engine::Engine) is `Send`, for one thread at a time. Everything else is plain data.
+//!
 //! Below it lie [`engine`], the step function for those who schedule on their own, and [`checkpoint`], which reads
 //! configs, tensors, tokenizers and chat templates. [`verify`](mod@verify) holds an engine against golden values of
 //! another implementation, [`eval`](mod@eval) measures perplexity, [`calibrate`] makes FP8 checkpoints.
 #![deny(unsafe_code)]
+#![warn(missing_docs)]
 
 mod bridge;
 pub mod calibrate;
@@ -43,6 +47,21 @@ pub use generate::{
 pub use load::LoadProgress;
 pub use model::Gemma;
 pub use options::{ComputeType, KvCache, LoadOptions};
+
+/// What the documentation says of threads.
+const _: () = {
+    const fn sent<T: Send>() {}
+    const fn shared<T: Send + Sync>() {}
+    shared::<Gemma>();
+    shared::<Canceller>();
+    shared::<Request>();
+    shared::<Completion>();
+    shared::<Error>();
+    sent::<Generation>();
+    sent::<engine::Engine>();
+    #[cfg(feature = "futures")]
+    sent::<GenerationStream>();
+};
 
 /// Compiles the README's examples with the documentation's.
 #[cfg(doctest)]

@@ -193,6 +193,7 @@ impl Gemma {
         self.shared.chat_template.as_ref()
     }
 
+    /// The model's shape.
     pub fn spec(&self) -> &ModelSpec {
         &self.shared.spec
     }

@@ -52,7 +52,9 @@ pub enum KvCache {
 pub struct LoadOptions {
     /// `auto` (the first usable GPU, or the reference backend), `reference` (the CPU) or `cuda:N`.
     pub device: String,
+    /// What activations are rounded to.
     pub compute: ComputeType,
+    /// Room for keys and values.
     pub kv_cache: KvCache,
     /// Tokens in one page of the KV cache; 1 to 4096. Smaller pages share more of a prompt and waste less at its end.
     pub page_size: u32,

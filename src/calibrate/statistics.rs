@@ -103,6 +103,7 @@ impl Statistics {
         self.tensors.iter().map(|(name, magnitudes)| (name.as_str(), magnitudes))
     }
 
+    /// Of the tensor whose scale this name stands for, such as `model.layers.0.mlp.down_proj.input_scale`.
     pub fn get(&self, name: &str) -> Option<&Magnitudes> {
         self.tensors.get(name)
     }

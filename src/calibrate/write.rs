@@ -32,6 +32,7 @@ pub enum RecipeKind {
 /// How keys and values are cached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheType {
+    /// As the model computes them.
     Bf16,
     /// In FP8 with a scale for each K/V head.
     Fp8,
@@ -42,7 +43,9 @@ pub enum CacheType {
 /// What is to be FP8 in a checkpoint.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Recipe {
+    /// How matrices and their inputs are scaled.
     pub kind: RecipeKind,
+    /// How keys and values are kept.
     pub cache: CacheType,
     /// The output embedding too; where it is tied to the input's, it becomes a matrix of its own.
     pub fp8_lm_head: bool,

@@ -13,10 +13,15 @@ use crate::error::Result;
 pub struct GenerationConfig {
     /// Whether to sample at all; greedy otherwise.
     pub do_sample: bool,
+    /// 0 is greedy.
     pub temperature: Option<f32>,
+    /// So many of the likeliest tokens; 0 is all.
     pub top_k: Option<u32>,
+    /// The likeliest tokens that make so much of the probability, 0 to 1.
     pub top_p: Option<f32>,
+    /// Tokens that are so likely, compared with the likeliest one, 0 to 1.
     pub min_p: Option<f32>,
+    /// Divides the logits of tokens that have been there, if above 1.
     pub repetition_penalty: Option<f32>,
     /// Tokens that end a text.
     pub eos_token_ids: Vec<u32>,

@@ -17,14 +17,17 @@ use crate::error::{Error, Result};
 pub struct Message {
     /// `user`, `assistant` or `system`, as the template knows them.
     pub role: String,
+    /// What was said.
     pub content: String,
 }
 
 impl Message {
+    /// Any role the template knows.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Message { role: role.into(), content: content.into() }
     }
 
+    /// From the one who asks.
     pub fn user(content: impl Into<String>) -> Self {
         Self::new("user", content)
     }
@@ -34,6 +37,7 @@ impl Message {
         Self::new("assistant", content)
     }
 
+    /// What holds for the whole conversation; not every template takes it.
     pub fn system(content: impl Into<String>) -> Self {
         Self::new("system", content)
     }

@@ -19,6 +19,7 @@ pub const DEFAULT_WINDOW: usize = 2048;
 pub struct Perplexity {
     /// Tokens of the text; each was predicted once.
     pub tokens: usize,
+    /// How many the text was cut into.
     pub windows: usize,
     /// Tokens in a full window, the beginning-of-sequence token included.
     pub window: usize,
@@ -26,7 +27,9 @@ pub struct Perplexity {
     pub nll: f64,
     /// `exp(nll / tokens)`.
     pub perplexity: f64,
+    /// Without loading.
     pub seconds: f64,
+    /// Predicted tokens.
     pub tokens_per_second: f64,
 }
 

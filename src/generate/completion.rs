@@ -23,7 +23,9 @@ pub enum FinishReason {
 /// Log-probabilities are natural logarithms under the model itself, before bias, penalties and temperature.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Token {
+    /// Of the vocabulary.
     pub id: u32,
+    /// In nats, under the model: before bias, penalties and temperature.
     pub logprob: f32,
     /// The likeliest tokens at this position, best first; as many as the request asked for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -33,7 +35,9 @@ pub struct Token {
 /// One of the likeliest tokens at a position.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct TopToken {
+    /// Of the vocabulary.
     pub id: u32,
+    /// In nats.
     pub logprob: f32,
 }
 
@@ -56,6 +60,7 @@ pub struct Completion {
     pub token_ids: Vec<u32>,
     /// The prompt as the model saw it.
     pub prompt_token_ids: Vec<u32>,
+    /// Why it ended.
     pub finish_reason: FinishReason,
     /// One entry for each of `token_ids`, if the request asked for it.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -68,6 +73,7 @@ pub struct Completion {
     pub seed: Option<u64>,
     /// Prompt tokens whose keys and values an earlier request had left in the cache.
     pub cached_prompt_tokens: usize,
+    /// How long it took.
     pub timing: Timing,
 }
 
@@ -80,6 +86,7 @@ pub struct Timing {
     /// Until its first token; `None` if it ended without one.
     #[serde(serialize_with = "optional_seconds")]
     pub first_token: Option<Duration>,
+    /// From submission to the end.
     #[serde(serialize_with = "seconds")]
     pub total: Duration,
 }

@@ -45,6 +45,7 @@ impl Generation {
         self.cancelled.clone()
     }
 
+    /// For another thread to end this generation with.
     pub fn canceller(&self) -> Canceller {
         Canceller(self.cancelled.clone())
     }

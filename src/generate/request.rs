@@ -61,6 +61,7 @@ pub struct Request {
 }
 
 impl Request {
+    /// Continue a text, token ids or a conversation, with the checkpoint's own sampling.
     pub fn new(prompt: impl Into<Prompt>) -> Self {
         Request {
             prompt: prompt.into(),
@@ -75,6 +76,7 @@ impl Request {
         }
     }
 
+    /// How tokens are picked; what is left open is as the checkpoint has it.
     pub fn sampling(self, sampling: SamplingParams) -> Self {
         Request { sampling, ..self }
     }

@@ -36,6 +36,7 @@ impl GenerationStream {
         GenerationStream(generation)
     }
 
+    /// For another thread or task to end this generation with.
     pub fn canceller(&self) -> Canceller {
         self.0.canceller()
     }

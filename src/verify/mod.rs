@@ -33,6 +33,7 @@ use crate::{LoadOptions, Result};
 pub struct Report {
     /// One line: backend, instruction set or GPU, threads.
     pub device: String,
+    /// In the order of the file.
     pub prompts: Vec<PromptReport>,
     /// Over the rows of all prompts; `None` if the file has no logits.
     pub logits: Option<LogitError>,
@@ -40,16 +41,22 @@ pub struct Report {
     pub greedy_equal: Option<bool>,
 }
 
+/// How far the engine is from the golden values of one prompt.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct PromptReport {
     /// The `i` of `p{i}.ids`.
     pub prompt: usize,
+    /// Of the prompt.
     pub tokens: usize,
+    /// `None` if the file has none for it.
     pub logits: Option<LogitError>,
+    /// `None` if the file has none for it.
     pub greedy: Option<GreedyReport>,
+    /// One a layer that the file has.
     pub hidden: Vec<HiddenError>,
 }
 
+/// How far a greedy generation goes with the reference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct GreedyReport {
     /// Tokens of the reference.

@@ -24,7 +24,9 @@ pub struct LogitError {
 pub struct HiddenError {
     /// 0 for the scaled embeddings, then the layers.
     pub layer: usize,
+    /// Largest difference.
     pub max_abs: f64,
+    /// Euclidean distance, relative to the length of the golden ones.
     pub rel_l2: f64,
 }
 
