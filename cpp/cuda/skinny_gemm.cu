@@ -21,8 +21,9 @@
 // 64 tokens  29.4; 2.57        15.7; 1.61                   106.3; 2.84            57.2; 2.64
 //  8, FP8    17.1; 2.21         7.7; 1.63                   51.0; 2.96             29.4; 2.57
 // 64, FP8    17.9; 2.11        11.4; 1.11                   55.3; 2.73             32.5; 2.32
-// cuBLASLt's fastest at 64, bf16: 30.3, 12.6, 111.6, 60.0. The output of attention would be faster there, 0.3 % of a step; it
-// stays here, so that no row of a product depends on the batch. Joining the tiles that are cut takes 1 to 4 us of each.
+// cuBLASLt's fastest at 64, bf16: 30.3, 12.6, 111.6, 60.0. The output of attention would be faster there, 0.3 % of a
+// step; it stays here, so that no row of a product depends on the batch. Joining the tiles that are cut takes 1 to 4 us
+// of each.
 #include <cuda_bf16.h>
 
 #include <algorithm>
