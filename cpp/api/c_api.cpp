@@ -26,12 +26,6 @@ static_assert(GEMMA_CUDA_MAGNITUDE_BINS == kMagnitudeBins);
 
 namespace {
 
-// A model's shape, and its tensors as they are handed out.
-struct ModelParts {
-  ModelSpec spec;
-  std::vector<TensorSlot> tensors;
-};
-
 // Seconds spent in calls of a kind.
 class Stopwatch {
  public:
@@ -66,7 +60,8 @@ struct Output {
 }  // namespace
 
 struct gemma_cuda_model {
-  ModelParts parts;
+  ModelSpec spec;
+  std::vector<TensorSlot> tensors;  // as they are handed out
 };
 
 struct gemma_cuda_engine {
@@ -315,7 +310,7 @@ gemma_cuda_status gemma_cuda_model_parse(const char* json, size_t bytes, gemma_c
     const std::span<const char> text = list(json, bytes, "json");
     ModelConfig config = parse_config({text.data(), text.size()});
     std::vector<TensorSlot> tensors = tensor_table(config.spec);
-    *model = new gemma_cuda_model{{std::move(config.spec), std::move(tensors)}};
+    *model = new gemma_cuda_model{std::move(config.spec), std::move(tensors)};
   });
 }
 void gemma_cuda_model_free(gemma_cuda_model* model) { delete model; }
@@ -323,21 +318,21 @@ void gemma_cuda_model_free(gemma_cuda_model* model) { delete model; }
 void gemma_cuda_model_info_init(gemma_cuda_model_info* info) { clear(info); }
 gemma_cuda_status gemma_cuda_model_get_info(const gemma_cuda_model* model, gemma_cuda_model_info* info) {
   return guarded([&] {
-    const ModelParts& parts = given(model, "model").parts;
+    const gemma_cuda_model& from = given(model, "model");
     gemma_cuda_model_info out;
     gemma_cuda_model_info_init(&out);
-    out.vocab_size = parts.spec.vocab_size;
-    out.hidden_size = parts.spec.hidden_size;
-    out.layers = static_cast<uint32_t>(parts.spec.layers.size());
-    out.max_positions = parts.spec.max_positions;
-    out.tensors = static_cast<uint32_t>(parts.tensors.size());
+    out.vocab_size = from.spec.vocab_size;
+    out.hidden_size = from.spec.hidden_size;
+    out.layers = static_cast<uint32_t>(from.spec.layers.size());
+    out.max_positions = from.spec.max_positions;
+    out.tensors = static_cast<uint32_t>(from.tensors.size());
     write(info, out, "info");
   });
 }
 gemma_cuda_status gemma_cuda_model_tensor(const gemma_cuda_model* model, uint32_t index, const char** name,
                                           const uint64_t** shape, uint32_t* rank) {
   return guarded([&] {
-    const std::vector<TensorSlot>& tensors = given(model, "model").parts.tensors;
+    const std::vector<TensorSlot>& tensors = given(model, "model").tensors;
     require(index < tensors.size(),
             "there is no tensor " + std::to_string(index) + " of " + std::to_string(tensors.size()));
     given(name, "name") = tensors[index].name.c_str();
@@ -349,9 +344,9 @@ gemma_cuda_status gemma_cuda_model_tensor(const gemma_cuda_model* model, uint32_
 void gemma_cuda_quantization_init(gemma_cuda_quantization* quantization) { clear(quantization); }
 gemma_cuda_status gemma_cuda_model_quantize(gemma_cuda_model* model, const gemma_cuda_quantization* quantization) {
   return guarded([&] {
-    ModelParts& parts = given(model, "model").parts;
+    gemma_cuda_model& own = given(model, "model");
     const gemma_cuda_quantization from = read(quantization, gemma_cuda_quantization_init, "quantization");
-    ModelSpec spec = parts.spec;
+    ModelSpec spec = own.spec;
     spec.lm_head = scheme(from.lm_head);
     for (LayerSpec& layer : spec.layers) {
       layer.qkv = layer.attention_out = layer.gate_up = layer.down = scheme(from.matrices);
@@ -363,7 +358,7 @@ gemma_cuda_status gemma_cuda_model_quantize(gemma_cuda_model* model, const gemma
       layer.qkv = layer.attention_out = layer.gate_up = layer.down = Scheme::plain;
     }
     std::vector<TensorSlot> tensors = tensor_table(spec);
-    parts = {std::move(spec), std::move(tensors)};
+    own = {std::move(spec), std::move(tensors)};
   });
 }
 
@@ -386,7 +381,7 @@ gemma_cuda_status gemma_cuda_memory_budget(const gemma_cuda_model* model, const 
                                            gemma_cuda_memory* memory) {
   return guarded([&] {
     const gemma_cuda_options from = read(options, gemma_cuda_options_init, "options");
-    write(memory, memory_of(memory_budget(given(model, "model").parts.spec, options_of(from))), "memory");
+    write(memory, memory_of(memory_budget(given(model, "model").spec, options_of(from))), "memory");
   });
 }
 
@@ -396,7 +391,7 @@ gemma_cuda_status gemma_cuda_engine_create(const gemma_cuda_model* model, const 
     given(engine, "engine");
     const gemma_cuda_options from = read(options, gemma_cuda_options_init, "options");
     const EngineOptions own = options_of(from);
-    const ModelSpec& spec = given(model, "model").parts.spec;
+    const ModelSpec& spec = given(model, "model").spec;
     auto made = std::make_unique<gemma_cuda_engine>(spec, own, from.log, from.log_user);
     const MemoryBudget budget = memory_budget(spec, own);
     made->say(0, "memory: " + mebibytes(budget.total()) + ": weights " + mebibytes(budget.weights) + ", KV cache " +

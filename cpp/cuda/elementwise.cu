@@ -104,12 +104,6 @@ struct QuantizeRows {
   uint32_t width;
 };
 
-__device__ void load8(const bf16_t* from, float (&to)[8]) { widen(*reinterpret_cast<const Bf16x8*>(from), to); }
-__device__ void load8(const float* from, float (&to)[8]) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) to[i] = from[i];
-}
-
 template <class T>
 __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeRows args) {
   __shared__ float partial[32];

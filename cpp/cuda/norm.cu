@@ -31,11 +31,6 @@ struct Norm {
 // Where a thread's i-th run of elements begins.
 __device__ uint32_t column(int i) { return (i * kThreads + threadIdx.x) * kVector; }
 
-__device__ void load8(const float* from, float (&to)[8]) {
-  const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
-  to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
-}
-
 __device__ void store8(float* to, const float (&from)[8]) {
   *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
   *reinterpret_cast<float4*>(to + 4) = make_float4(from[4], from[5], from[6], from[7]);

@@ -23,6 +23,12 @@ __device__ inline void widen(const Bf16x8& from, float (&to)[8]) {
   }
 }
 
+__device__ inline void load8(const bf16_t* from, float (&to)[8]) { widen(*reinterpret_cast<const Bf16x8*>(from), to); }
+__device__ inline void load8(const float* from, float (&to)[8]) {
+  const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
+  to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+}
+
 __device__ inline Bf16x8 narrow(const float (&from)[8]) {
   Bf16x8 to;
 #pragma unroll

@@ -12,14 +12,13 @@ use gemma_cuda::{Error, Gemma, Generation, LoadOptions, Request};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::support;
+use crate::{device, support};
 
 const TEXT: &str = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my \
                     purse, and nothing particular to interest me on shore, I thought I would sail about a little.";
 
 fn options() -> LoadOptions {
-    let device = std::env::var("GEMMA_CUDA_TEST_DEVICE").unwrap_or_else(|_| "reference".into());
-    LoadOptions { device, threads: 2, max_batch_tokens: 64, ..Default::default() }
+    LoadOptions { device: device(), threads: 2, max_batch_tokens: 64, ..Default::default() }
 }
 
 fn model() -> (TempDir, Checkpoint) {

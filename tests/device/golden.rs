@@ -1,12 +1,13 @@
 //! Every tiny model against logits, hidden states and greedy generations that Hugging Face transformers computed in
 //! float32 with eager attention. What is compared in bfloat16 runs on the device under test.
 
-use std::path::PathBuf;
-
 use gemma_cuda::checkpoint::Checkpoint;
 use gemma_cuda::engine::{DType, Engine, EngineOptions, SamplingConfig, StepItem, memory_budget};
 use gemma_cuda::verify::{Report, Tolerance, verify};
 use gemma_cuda::{ComputeType, LoadOptions};
+
+use crate::device;
+use crate::support::golden_dir;
 
 const MODELS: [&str; 11] = [
     "gemma1-gqa-f16",
@@ -22,17 +23,8 @@ const MODELS: [&str; 11] = [
     "gemma3-nested",
 ];
 
-fn dir(model: &str) -> PathBuf {
-    let root = std::env::var("GEMMA_CUDA_TEST_ROOT").unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").into());
-    [&root, "tests/golden/tiny", model].iter().collect()
-}
-
-fn device() -> String {
-    std::env::var("GEMMA_CUDA_TEST_DEVICE").unwrap_or_else(|_| "reference".into())
-}
-
 fn report(model: &str, options: LoadOptions) -> Report {
-    verify(dir(model), dir(model).join("golden.safetensors"), &options, |_| {}).unwrap()
+    verify(golden_dir(model), golden_dir(model).join("golden.safetensors"), &options, |_| {}).unwrap()
 }
 
 fn assert_within(model: &str, report: &Report, tolerance: Tolerance) {
@@ -70,7 +62,7 @@ fn bfloat16_is_as_near_as_the_reference_in_bfloat16() {
 
 /// How far transformers in bfloat16 is from itself in float32, on the same prompts.
 fn reference_noise(model: &str) -> f64 {
-    let file = std::fs::read(dir(model).join("golden.json")).unwrap();
+    let file = std::fs::read(golden_dir(model).join("golden.json")).unwrap();
     let golden: serde_json::Value = serde_json::from_slice(&file).unwrap();
     golden["rounding_noise_max_abs"]["bfloat16"].as_f64().unwrap()
 }
@@ -79,7 +71,7 @@ fn reference_noise(model: &str) -> f64 {
 #[test]
 fn no_cut_changes_the_logits() {
     for model in MODELS {
-        let checkpoint = Checkpoint::open(&dir(model)).unwrap();
+        let checkpoint = Checkpoint::open(&golden_dir(model)).unwrap();
         let golden = golden_prompts(model);
         let tokens: usize = golden.iter().map(|prompt| prompt.tokens.len()).sum();
         for page_size in [1, 3, 16] {
@@ -98,7 +90,7 @@ fn no_cut_changes_the_logits() {
 #[test]
 fn a_ragged_batch_generates_the_reference_tokens() {
     for model in MODELS {
-        let checkpoint = Checkpoint::open(&dir(model)).unwrap();
+        let checkpoint = Checkpoint::open(&golden_dir(model)).unwrap();
         let golden = golden_prompts(model);
         let mut engine = engine(&checkpoint, 3, 512);
         let greedy = SamplingConfig::default();
@@ -128,7 +120,7 @@ fn a_ragged_batch_generates_the_reference_tokens() {
 #[test]
 fn captured_steps_and_repetitions_give_the_same_bits() {
     for model in ["gemma1-mha", "gemma2-hd256", "gemma3-mqa"] {
-        let checkpoint = Checkpoint::open(&dir(model)).unwrap();
+        let checkpoint = Checkpoint::open(&golden_dir(model)).unwrap();
         let golden = golden_prompts(model);
         let mut first = None;
         for graphs in [true, false] {
@@ -148,7 +140,7 @@ fn captured_steps_and_repetitions_give_the_same_bits() {
 #[test]
 fn padded_steps_are_within_bfloat16_of_ragged_ones() {
     for model in ["gemma1-mha", "gemma2-hd256", "gemma3-mqa"] {
-        let checkpoint = Checkpoint::open(&dir(model)).unwrap();
+        let checkpoint = Checkpoint::open(&golden_dir(model)).unwrap();
         let golden = golden_prompts(model);
         let logits = [false, true].map(|padded| {
             let options = EngineOptions {
@@ -170,7 +162,7 @@ fn padded_steps_are_within_bfloat16_of_ragged_ones() {
 /// What the engine reports of itself, on the device.
 #[test]
 fn captured_steps_and_memory_are_counted() {
-    let checkpoint = Checkpoint::open(&dir("gemma3-mqa")).unwrap();
+    let checkpoint = Checkpoint::open(&golden_dir("gemma3-mqa")).unwrap();
     let options = EngineOptions { device: device(), ..Default::default() };
     let mut engine = load(&checkpoint, &options);
     let fresh = engine.statistics();
@@ -233,7 +225,7 @@ struct GoldenPrompt {
 const VOCAB: usize = 512;
 
 fn golden_prompts(model: &str) -> Vec<GoldenPrompt> {
-    let file = std::fs::read(dir(model).join("golden.safetensors")).unwrap();
+    let file = std::fs::read(golden_dir(model).join("golden.safetensors")).unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
     let ids = |name: String| -> Vec<u32> {
         let (values, _) = tensors.tensor(&name).unwrap().data().as_chunks::<8>();

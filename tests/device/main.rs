@@ -7,3 +7,7 @@ mod golden;
 mod real_model;
 #[path = "../support/mod.rs"]
 mod support;
+
+fn device() -> String {
+    std::env::var("GEMMA_CUDA_TEST_DEVICE").unwrap_or_else(|_| "reference".into())
+}

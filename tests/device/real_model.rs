@@ -2,16 +2,12 @@
 //! first; without the model these tests say that they did not run, and fail where `CI` is set. What is compared in bfloat16
 //! or FP8 runs on the device under test.
 
-use std::path::{Path, PathBuf};
-
 use gemma_cuda::checkpoint::{Checkpoint, Message};
 use gemma_cuda::engine::{DType, Engine, EngineOptions, ModelSpec, SamplingConfig, Scheme, StepItem};
 use serde_json::Value;
 
-fn path(relative: &str) -> PathBuf {
-    let root = std::env::var("GEMMA_CUDA_TEST_ROOT").unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").into());
-    Path::new(&root).join(relative)
-}
+use crate::device;
+use crate::support::path;
 
 fn json(name: &str) -> Value {
     serde_json::from_slice(&std::fs::read(path("tests/golden/gemma3_270m").join(name)).unwrap()).unwrap()
@@ -37,9 +33,8 @@ fn engine(checkpoint: &Checkpoint, compute: DType) -> Engine {
 
 /// Matrices that the spec has in FP8 are quantized as they are loaded.
 fn engine_of(checkpoint: &Checkpoint, spec: &ModelSpec, compute: DType) -> Engine {
-    let gpu = std::env::var("GEMMA_CUDA_TEST_DEVICE").ok().filter(|_| compute == DType::BF16);
     let options = EngineOptions {
-        device: gpu.unwrap_or_else(|| "reference".into()),
+        device: if compute == DType::BF16 { device() } else { "reference".into() },
         compute,
         prefix_cache: false,
         max_logit_rows: 1,

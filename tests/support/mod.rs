@@ -7,10 +7,14 @@ use tempfile::TempDir;
 
 pub const MODEL: &str = "gemma2-gqa";
 
-/// Where this repository's folder `tests` is: GEMMA_CUDA_TEST_ROOT, where the tests run without the repository.
-pub fn golden_dir(name: &str) -> PathBuf {
+/// In this repository, or where GEMMA_CUDA_TEST_ROOT says, for tests that run without it.
+pub fn path(relative: &str) -> PathBuf {
     let root = std::env::var("GEMMA_CUDA_TEST_ROOT").unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").into());
-    [&root, "tests/golden/tiny", name].iter().collect()
+    Path::new(&root).join(relative)
+}
+
+pub fn golden_dir(name: &str) -> PathBuf {
+    path("tests/golden/tiny").join(name)
 }
 
 /// The tiny model with its `config.json` changed.
