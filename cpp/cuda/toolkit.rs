@@ -5,10 +5,13 @@ use std::process::{Command, Stdio};
 
 /// 12.8 is the first that knows sm_100 and sm_120.
 const LEAST_VERSION: (u32, u32) = (12, 8);
+/// The first whose kernels only run under drivers that know the denser packing of machine code.
+const PACKS_DENSELY: (u32, u32) = (13, 0);
 const ARCHITECTURES: &str = "80,89,90a,100,120";
 
 pub struct Toolkit {
     root: PathBuf,
+    version: (u32, u32),
     architectures: Vec<String>,
     warnings_as_errors: bool,
 }
@@ -22,7 +25,7 @@ impl Toolkit {
         let mut looked = Vec::new();
         for root in candidates() {
             match version(&root) {
-                Ok(version) if version >= LEAST_VERSION => return Ok(Toolkit::at(root)),
+                Ok(version) if version >= LEAST_VERSION => return Ok(Toolkit::at(root, version)),
                 Ok((major, minor)) => looked.push(format!("{}: {major}.{minor} is too old", root.display())),
                 Err(why) => looked.push(format!("{}: {why}", root.display())),
             }
@@ -36,10 +39,11 @@ impl Toolkit {
         ))
     }
 
-    fn at(root: PathBuf) -> Self {
+    fn at(root: PathBuf, version: (u32, u32)) -> Self {
         let wanted = std::env::var("GEMMA_CUDA_ARCHITECTURES").unwrap_or_else(|_| ARCHITECTURES.to_owned());
         Toolkit {
             root,
+            version,
             architectures: wanted.split(',').map(|architecture| architecture.trim().to_owned()).collect(),
             warnings_as_errors: std::env::var_os("GEMMA_CUDA_WERROR").is_some(),
         }
@@ -79,6 +83,9 @@ impl Toolkit {
         command.args(["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]);
         for architecture in &self.architectures {
             command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
+        }
+        if self.version >= PACKS_DENSELY {
+            command.arg("--compress-mode=size");
         }
         if self.warnings_as_errors {
             command.args(["-Werror", "all-warnings"]);

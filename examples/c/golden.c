@@ -4,7 +4,7 @@
  *     golden MODEL_FOLDER [DEVICE]          DEVICE: reference (the default), cuda:N or auto
  *
  * Exit code 0: all are equal, as they are on the CPU. A GPU rounds activations to bf16: where two tokens are about as
- * likely it may pick the other one. */
+ * likely (NEAR_TIE) it may pick the other one, and what follows in that prompt is another text, not a wrong one. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,7 +12,8 @@
 #include "gemma_cuda.h"
 #include "safetensors.h"
 
-enum { MOST_PROMPTS = 16, MOST_TOKENS = 256 };
+enum { MOST_PROMPTS = 16, MOST_TOKENS = 256, TOP = 4 };
+static const float NEAR_TIE = 0.1f; /* between log-probabilities */
 
 typedef struct {
   uint32_t ids[MOST_TOKENS], greedy[MOST_TOKENS];
@@ -20,6 +21,10 @@ typedef struct {
   uint32_t sequence;
   size_t generated;
 } prompt;
+
+typedef struct {
+  size_t equal, parted, wrong;
+} verdict;
 
 static void fail(const char *what, const char *why) {
   fprintf(stderr, "%s: %s\n", what, why);
@@ -95,11 +100,32 @@ static size_t read_ids(const tensor_file *file, size_t number, const char *what,
   return count;
 }
 
+/* Whether the expected token is so near the picked one that rounding to bf16 decides. */
+static int is_near_tie(const gemma_cuda_token *picked, uint32_t expected) {
+  size_t i;
+  for (i = 0; i < picked->top_count; ++i)
+    if (picked->top[i].token == expected) return picked->logprob - picked->top[i].logprob < NEAR_TIE;
+  return 0;
+}
+
+static void judge(const gemma_cuda_token *picked, prompt *from, int exact, verdict *out) {
+  const uint32_t expected = from->greedy[from->generated++];
+  if (picked->token == expected) {
+    ++out->equal;
+    return;
+  }
+  if (!exact && is_near_tie(picked, expected))
+    ++out->parted;
+  else
+    ++out->wrong;
+  from->expected = from->generated; /* another text from here on */
+}
+
 /* One step for all prompts that are not done: their whole prompt the first time, then the token that came last. */
-static size_t step(gemma_cuda_engine *engine, prompt *prompts, size_t count) {
+static size_t step(gemma_cuda_engine *engine, prompt *prompts, size_t count, int exact, verdict *out) {
   gemma_cuda_item items[MOST_PROMPTS];
   prompt *of[MOST_PROMPTS];
-  size_t live = 0, wrong = 0, i;
+  size_t live = 0, i;
   for (i = 0; i < count; ++i) {
     gemma_cuda_item item;
     if (prompts[i].generated == prompts[i].expected) continue;
@@ -109,52 +135,63 @@ static size_t step(gemma_cuda_engine *engine, prompt *prompts, size_t count) {
     items[live] = item;
     of[live++] = &prompts[i];
   }
+  if (live == 0) return 0;
   check(gemma_cuda_step(engine, items, live), engine, "step");
   for (i = 0; i < live; ++i) {
     gemma_cuda_output output;
     gemma_cuda_output_init(&output);
     check(gemma_cuda_get_output(engine, i, &output), engine, "output");
     if (output.sampled == NULL) fail("output", output.failure != NULL ? output.failure : "nothing was sampled");
-    wrong += output.sampled->token != of[i]->greedy[of[i]->generated++];
+    judge(output.sampled, of[i], exact, out);
   }
-  return wrong;
+  return live;
 }
 
-int main(int argc, char **argv) {
-  static prompt prompts[MOST_PROMPTS];
-  size_t count = 0, wrong = 0, total = 0, longest = 0, i;
-  gemma_cuda_model *model;
-  gemma_cuda_engine *engine;
-  gemma_cuda_statistics statistics;
+static size_t read_prompts(gemma_cuda_engine *engine, const char *folder, prompt *prompts) {
+  size_t count;
   tensor_file golden;
-  if (argc < 2 || argc > 3) fail("usage", "golden MODEL_FOLDER [DEVICE]");
-  if (gemma_cuda_abi() != GEMMA_CUDA_ABI) fail("gemma_cuda.h", "is for another version of the library");
-
-  model = read_model(argv[1]);
-  engine = make_engine(model, argc > 2 ? argv[2] : "reference");
-  load(engine, model, argv[1]);
-  gemma_cuda_model_free(model);
-
-  if (!tensor_file_open(&golden, argv[1], "golden.safetensors"))
-    fail(argv[1], "there is no golden.safetensors to read");
-  for (; count < MOST_PROMPTS; ++count) {
+  gemma_cuda_sampling sampling;
+  gemma_cuda_sampling_init(&sampling);
+  sampling.top_logprobs = TOP;
+  if (!tensor_file_open(&golden, folder, "golden.safetensors")) fail(folder, "there is no golden.safetensors to read");
+  for (count = 0; count < MOST_PROMPTS; ++count) {
     prompt *next = &prompts[count];
     next->prompt = read_ids(&golden, count, "ids", next->ids);
     next->expected = read_ids(&golden, count, "greedy", next->greedy);
     if (next->prompt == 0) break;
-    check(gemma_cuda_add_sequence(engine, next->ids, next->prompt, next->prompt, NULL, 0, &next->sequence), engine,
+    check(gemma_cuda_add_sequence(engine, next->ids, next->prompt, next->prompt, &sampling, 0, &next->sequence), engine,
           "sequence");
-    total += next->expected;
-    if (next->expected > longest) longest = next->expected;
   }
   tensor_file_close(&golden);
-  if (total == 0) fail(argv[1], "golden.safetensors has no prompts");
+  if (count == 0) fail(folder, "golden.safetensors has no prompts");
+  return count;
+}
 
-  for (i = 0; i < longest; ++i) wrong += step(engine, prompts, count);
+int main(int argc, char **argv) {
+  static prompt prompts[MOST_PROMPTS];
+  verdict found = {0, 0, 0};
+  const char *device = argc > 2 ? argv[2] : "reference";
+  const int exact = strcmp(device, "reference") == 0;
+  size_t count;
+  gemma_cuda_model *model;
+  gemma_cuda_engine *engine;
+  gemma_cuda_statistics statistics;
+  if (argc < 2 || argc > 3) fail("usage", "golden MODEL_FOLDER [DEVICE]");
+  if (gemma_cuda_abi() != GEMMA_CUDA_ABI) fail("gemma_cuda.h", "is for another version of the library");
+
+  model = read_model(argv[1]);
+  engine = make_engine(model, device);
+  load(engine, model, argv[1]);
+  gemma_cuda_model_free(model);
+
+  count = read_prompts(engine, argv[1], prompts);
+  while (step(engine, prompts, count, exact, &found) != 0) {
+  }
   gemma_cuda_statistics_init(&statistics);
   check(gemma_cuda_get_statistics(engine, &statistics), engine, "statistics");
-  printf("%s: %u prompts, %u tokens in %u steps, %u of them wrong\n", gemma_cuda_engine_device(engine), (unsigned)count,
-         (unsigned)total, (unsigned)statistics.steps, (unsigned)wrong);
+  printf("%s: %u prompts, %u steps: %u tokens equal, %u prompts parted at a near tie, %u tokens wrong\n",
+         gemma_cuda_engine_device(engine), (unsigned)count, (unsigned)statistics.steps, (unsigned)found.equal,
+         (unsigned)found.parted, (unsigned)found.wrong);
   gemma_cuda_engine_destroy(engine);
-  return wrong == 0 ? 0 : 1;
+  return found.wrong == 0 && found.equal > 0 ? 0 : 1;
 }
