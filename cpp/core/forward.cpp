@@ -33,7 +33,8 @@ uint64_t sample_table_bytes(const ModelSpec& spec, uint64_t rows) {
 
 // The MLP takes so many tokens at a time: enough for the products to be at their full speed, while what lies between
 // them, several times as wide as a model's other activations, takes half the memory that a whole pass of 8192 would.
-constexpr uint32_t kMlpTokens = 4096;
+// Where the gated product is fused, its result has all of that memory.
+constexpr uint32_t kMlpTokens = 4096, kFusedMlpTokens = 3 * kMlpTokens;
 
 // Where the parts of a block's own memory begin, in bytes, and where the last one ends.
 struct BlockLayout {
@@ -323,20 +324,29 @@ void Forward::mlp_block(uint32_t index, uint32_t tokens) {
   const size_t hidden = spec_.hidden_size;
   const size_t x_element = size_of(weights.gate_up.scheme == Scheme::plain ? limits_.act : DType::e4m3);
   const Quantize how = quantize(weights.down, act_.activated_scales);
-  for (uint32_t from = 0; from < tokens; from += kMlpTokens) {
+  GatedGemmArgs args{.x = input_of(weights.gate_up),
+                     .w = weights_.matrix(weights.gate_up),
+                     .act = limits_.act,
+                     .gate_up = act_.gate_up,
+                     .out = act_.activated,
+                     .tokens = tokens,
+                     .x_scale = quantize(weights.gate_up, act_.x_scales),
+                     .quantize = how};
+  const bool fused = weights.gate_up.scheme != Scheme::fp8_cast && backend_.fuses_gated_gemm(args);
+  const uint32_t most = fused ? kFusedMlpTokens : kMlpTokens;
+  if (fused) args.out = act_.gate_up;
+  for (uint32_t from = 0; from < tokens; from += most) {
     // The rows behind a slice are the next one's input.
-    const uint32_t slice = std::min(tokens - from, kMlpTokens);
-    const uint32_t capacity = from + slice < tokens ? slice : std::min(limits_.tokens - from, kMlpTokens);
-    observe(act_.x.as<char>() + from * hidden * size_of(limits_.act), slice, spec_.hidden_size,
-            &Calibration::Layer::gate_up, index);
-    Quantize x_scale = quantize(weights.gate_up, act_.x_scales);
-    if (x_scale.row_scales != nullptr) x_scale.row_scales += from;
-    gemm(input_of(weights.gate_up) + from * hidden * x_element, x_scale, weights.gate_up, act_.gate_up, slice,
-         capacity);
-    backend_.geglu(
-        {.gate_up = act_.gate_up, .out = act_.activated, .tokens = slice, .ffn = spec_.ffn_size, .quantize = how});
-    observe(act_.activated, slice, spec_.ffn_size, &Calibration::Layer::down, index);
-    gemm(act_.activated, how, weights.down, act_.x.as<char>() + from * hidden * size_of(limits_.act), slice, capacity);
+    args.tokens = std::min(tokens - from, most);
+    args.capacity = from + args.tokens < tokens ? args.tokens : std::min(limits_.tokens - from, most);
+    args.x = input_of(weights.gate_up) + from * hidden * x_element;
+    args.w = matrix_of(weights.gate_up);
+    char* block = act_.x.as<char>() + from * hidden * size_of(limits_.act);
+    observe(block, args.tokens, spec_.hidden_size, &Calibration::Layer::gate_up, index);
+    backend_.gated_gemm(args);
+    observe(args.out, args.tokens, spec_.ffn_size, &Calibration::Layer::down, index);
+    gemm(args.out, how, weights.down, block, args.tokens, args.capacity);
+    if (args.x_scale.row_scales != nullptr) args.x_scale.row_scales += args.tokens;
   }
 }
 
@@ -373,25 +383,27 @@ char* Forward::input_of(const Linear& reader) const {
   return (reader.scheme == Scheme::plain ? act_.x : act_.x8).as<char>();
 }
 
+// As products read it; one of fp8_cast is quantized first, and stays until the next.
+Matrix Forward::matrix_of(const Linear& w) {
+  const Matrix matrix = weights_.matrix(w);
+  if (w.scheme != Scheme::fp8_cast) return matrix;
+  backend_.quantize({.x = matrix.data,
+                     .dtype = matrix.dtype,
+                     .how = {.scale = nullptr, .row_scales = act_.cast_scales.as<float>()},
+                     .out = act_.cast.data(),
+                     .rows = w.rows,
+                     .width = w.cols});
+  return {.data = act_.cast.data(),
+          .dtype = DType::e4m3,
+          .rows = w.rows,
+          .cols = w.cols,
+          .scales = act_.cast_scales.as<float>(),
+          .fresh = true};
+}
+
 void Forward::gemm(const void* x, Quantize x_scale, const Linear& w, void* out, uint32_t tokens, uint32_t capacity) {
-  Matrix matrix = weights_.matrix(w);
-  if (w.scheme == Scheme::fp8_cast) {
-    const Matrix cast{.data = act_.cast.data(),
-                      .dtype = DType::e4m3,
-                      .rows = w.rows,
-                      .cols = w.cols,
-                      .scales = act_.cast_scales.as<float>(),
-                      .fresh = true};
-    backend_.quantize({.x = matrix.data,
-                       .dtype = matrix.dtype,
-                       .how = {.scale = nullptr, .row_scales = act_.cast_scales.as<float>()},
-                       .out = act_.cast.data(),
-                       .rows = w.rows,
-                       .width = w.cols});
-    matrix = cast;
-  }
   backend_.gemm({.x = x,
-                 .w = matrix,
+                 .w = matrix_of(w),
                  .out = out,
                  .out_dtype = limits_.act,
                  .tokens = tokens,

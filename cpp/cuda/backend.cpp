@@ -7,6 +7,7 @@
 
 #include "cuda/check.h"
 #include "cuda/copy_bandwidth.h"
+#include "cuda/gated_gemm.h"
 #include "cuda/gemm.h"
 #include "cuda/memory.h"
 #include "cuda/ops.h"
@@ -218,6 +219,11 @@ class CudaBackend final : public Backend {
   }
   void geglu(const GegluArgs& args) override {
     on_device([&] { cuda::geglu(args, stream()); });
+  }
+  bool fuses_gated_gemm(const GatedGemmArgs& args) const override { return gated_gemm_fits(args, device_); }
+  void gated_gemm(const GatedGemmArgs& args) override {
+    if (!gated_gemm_fits(args, device_)) return Backend::gated_gemm(args);
+    on_device([&] { cuda::gated_gemm(args, device_, stream()); });
   }
   void quantize(const QuantizeArgs& args) override {
     on_device([&] { cuda::quantize(args, stream()); });

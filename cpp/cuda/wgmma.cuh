@@ -107,13 +107,14 @@ __device__ inline void grow_registers() {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));                           \
   }
 
-// Of a few tokens, or a tile of keys.
-#define GEMMA_CUDA_ALL_COLUMNS(Type, k, types, tail)                                               \
-  GEMMA_CUDA_COLUMNS(Type, 8, k, types, tail, "%4", "%5", "%6", GEMMA_CUDA_D4, GEMMA_CUDA_F1)      \
-  GEMMA_CUDA_COLUMNS(Type, 16, k, types, tail, "%8", "%9", "%10", GEMMA_CUDA_D8, GEMMA_CUDA_F2)    \
-  GEMMA_CUDA_COLUMNS(Type, 32, k, types, tail, "%16", "%17", "%18", GEMMA_CUDA_D16, GEMMA_CUDA_F4) \
-  GEMMA_CUDA_COLUMNS(Type, 64, k, types, tail, "%32", "%33", "%34", GEMMA_CUDA_D32, GEMMA_CUDA_F8) \
-  GEMMA_CUDA_COLUMNS(Type, 128, k, types, tail, "%64", "%65", "%66", GEMMA_CUDA_D64, GEMMA_CUDA_F16)
+// Of a few tokens, a tile of keys, or one of weights.
+#define GEMMA_CUDA_ALL_COLUMNS(Type, k, types, tail)                                                 \
+  GEMMA_CUDA_COLUMNS(Type, 8, k, types, tail, "%4", "%5", "%6", GEMMA_CUDA_D4, GEMMA_CUDA_F1)        \
+  GEMMA_CUDA_COLUMNS(Type, 16, k, types, tail, "%8", "%9", "%10", GEMMA_CUDA_D8, GEMMA_CUDA_F2)      \
+  GEMMA_CUDA_COLUMNS(Type, 32, k, types, tail, "%16", "%17", "%18", GEMMA_CUDA_D16, GEMMA_CUDA_F4)   \
+  GEMMA_CUDA_COLUMNS(Type, 64, k, types, tail, "%32", "%33", "%34", GEMMA_CUDA_D32, GEMMA_CUDA_F8)   \
+  GEMMA_CUDA_COLUMNS(Type, 128, k, types, tail, "%64", "%65", "%66", GEMMA_CUDA_D64, GEMMA_CUDA_F16) \
+  GEMMA_CUDA_COLUMNS(Type, 256, k, types, tail, "%128", "%129", "%130", GEMMA_CUDA_D128, GEMMA_CUDA_F32)
 
 // Of the values of a head.
 #define GEMMA_CUDA_ALL_ROWS(Type, types)                                                                \

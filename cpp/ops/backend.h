@@ -79,6 +79,19 @@ struct GemmArgs {
   Quantize x_scale{};     // of x in e4m3: what it was written with
 };
 
+// out = gelu_tanh(x gate^T) * (x up^T), the rows of w being those of gate, then those of up.
+struct GatedGemmArgs {
+  const void* x;  // [t, w.cols] act or e4m3
+  Matrix w;       // [2 ffn, k]
+  DType act;
+  void* gate_up;  // [t, 2 ffn] act: room for the products, where they are not fused
+  void* out;      // [t, ffn] act, or e4m3 with `quantize`
+  uint32_t tokens;
+  uint32_t capacity = 0;  // as for GemmArgs, of x and gate_up
+  Quantize x_scale{};
+  Quantize quantize{};
+};
+
 // One layer of the paged cache. Keys and values each [page][kv_head][page_size][head_dim], act, or e4m3 with a scale
 // for each head.
 struct KvLayer {
@@ -267,6 +280,22 @@ class Backend {
   virtual void rope(const RopeArgs& args) = 0;
   virtual void attention(const AttentionArgs& args) = 0;
   virtual void geglu(const GegluArgs& args) = 0;
+  // By gemm() and geglu(), unless a backend can do better: then it has no use for gate_up.
+  virtual bool fuses_gated_gemm(const GatedGemmArgs&) const { return false; }
+  virtual void gated_gemm(const GatedGemmArgs& args) {
+    gemm({.x = args.x,
+          .w = args.w,
+          .out = args.gate_up,
+          .out_dtype = args.act,
+          .tokens = args.tokens,
+          .capacity = args.capacity,
+          .x_scale = args.x_scale});
+    geglu({.gate_up = args.gate_up,
+           .out = args.out,
+           .tokens = args.tokens,
+           .ffn = args.w.rows / 2,
+           .quantize = args.quantize});
+  }
   virtual void soft_cap(const SoftCapArgs& args) = 0;
   virtual void quantize(const QuantizeArgs& args) = 0;
   virtual void observe(const ObserveArgs& args) = 0;

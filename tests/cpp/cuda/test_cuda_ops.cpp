@@ -1,95 +1,17 @@
-// Every operation of the CUDA backend against the reference backend in bf16, at the shapes of real models, on ragged
-// batches with single tokens, page boundaries, windows that are crossed and thousands of cached tokens. Outputs are
-// poisoned before, inputs are new each run.
-#include <algorithm>
-#include <cmath>
+// The operations of the CUDA backend, but for products (test_cuda_gemm.cpp), against the reference backend in bf16, at
+// the shapes of real models, on ragged batches with single tokens, page boundaries, windows that are crossed and
+// thousands of cached tokens. Outputs are poisoned before, inputs are new each run.
 #include <cstring>
-#include <type_traits>
 
-#include "../check.h"
 #include "core/plan.h"
 #include "core/sample_plan.h"
-#include "cuda/check.h"
-#include "cuda/gemm.h"
-#include "cuda/skinny_gemm.h"
-#include "gpu.h"
-#include "ops/backend.h"
-#include "ops/convert.h"
-
-using namespace gemma_cuda;
-using std::vector;
+#include "suite.h"
 
 namespace {
 
-struct Model {
-  const char* name;
-  uint32_t hidden, ffn, vocab, heads, kv_heads, head_dim, window;
-  float soft_cap;
-  bool qk_norm, post_norms;
-};
-
-constexpr Model kModels[] = {
-    {"gemma-7b", 3072, 24576, 256000, 16, 16, 256, 0, 0, false, false},
-    {"gemma-2b", 2048, 16384, 256000, 8, 1, 256, 0, 0, false, false},
-    {"gemma-2-27b", 4608, 36864, 256000, 32, 16, 128, 4096, 50, false, true},
-    {"gemma-3-270m", 640, 2048, 262144, 4, 1, 256, 512, 0, true, true},
-    {"gemma-3-4b", 2560, 10240, 262208, 8, 4, 256, 1024, 0, true, true},
-    {"tiny", 96, 192, 512, 4, 2, 32, 8, 30, true, true},
-    {"narrow", 64, 136, 509, 16, 1, 16, 5, 0, false, false},
-    {"middle", 256, 512, 1000, 6, 2, 64, 33, 0, true, false},
-};
-
-// Two rounded results of nearly equal float32 values; where P is rounded too, twice that.
-constexpr double kLimit = 0x1p-8;
-
-class Suite {
+class Operations : public Suite {
  public:
-  explicit Suite(std::unique_ptr<Backend> gpu)
-      : gpu_(std::move(gpu)), reference_(make_reference_backend(0, DType::bf16)) {}
-
-  // Data on both devices.
-  template <class T>
-  struct Both {
-    vector<T> host;  // the reference's
-    Buffer device;
-    T* gpu() const { return device.as<T>(); }
-  };
-  template <class T>
-  Both<T> both(vector<T> values) {
-    Both<T> out{std::move(values), Buffer(*gpu_, values.size() * sizeof(T))};
-    out.device = Buffer(*gpu_, out.host.size() * sizeof(T));
-    if (!out.host.empty()) gpu_->upload(out.device.data(), out.host.data(), out.host.size() * sizeof(T));
-    return out;
-  }
-  Both<bf16> random(size_t count, float deviation = 1) {
-    vector<bf16> out;
-    out.reserve(count);
-    for (float x : test::normal(count, deviation)) out.push_back(to_bf16(x));
-    return both(std::move(out));
-  }
-  Both<bf16> poisoned(size_t count) { return both(vector<bf16>(count, to_bf16(NAN))); }
-  static vector<float> wide(const vector<bf16>& narrow) {
-    vector<float> out;
-    out.reserve(narrow.size());
-    for (bf16 x : narrow) out.push_back(to_float(x));
-    return out;
-  }
-  template <class T>
-  vector<T> download(const Both<T>& data) {
-    vector<T> out(data.host.size());
-    gpu_->download(out.data(), data.device.data(), out.size() * sizeof(T));
-    return out;
-  }
-  void near(const char* what, const Both<bf16>& data, double limit) {
-    report(what, test::relative_error(wide(download(data)), wide(data.host)), limit);
-  }
-  void near(const char* what, const Both<float>& data, double limit) {
-    report(what, test::relative_error(download(data), data.host), limit);
-  }
-  static void report(const char* what, double error, double limit) {
-    std::printf("  %-28s %.2e (limit %.1e)\n", what, error, limit);
-    CHECK(error < limit);
-  }
+  using Suite::Suite;
 
   // Bytes and converted numbers of sizes around and far beyond a piece of pinned memory arrive as they should.
   void upload() {
@@ -171,78 +93,6 @@ class Suite {
     near("norm of some rows", picked, kLimit);
   }
 
-  void gemm(uint32_t t, uint32_t n, uint32_t k, DType out_dtype) {
-    auto x = random(size_t{t} * k);
-    auto w = random(size_t{n} * k, 0.1f);
-    char what[80];
-    std::snprintf(what, sizeof what, "gemm %u x %u x %u", t, n, k);
-    if (out_dtype == DType::f32) {
-      auto out = both(vector<float>(size_t{t} * n, NAN));
-      reference_->gemm({x.host.data(), {w.host.data(), DType::bf16, n, k}, out.host.data(), out_dtype, t});
-      gpu_->gemm({x.gpu(), {w.gpu(), DType::bf16, n, k}, out.gpu(), out_dtype, t});
-      near(what, out, 1e-5);
-    } else {
-      auto out = poisoned(size_t{t} * n);
-      reference_->gemm({x.host.data(), {w.host.data(), DType::bf16, n, k}, out.host.data(), out_dtype, t});
-      gpu_->gemm({x.gpu(), {w.gpu(), DType::bf16, n, k}, out.gpu(), out_dtype, t});
-      near(what, out, kLimit);
-    }
-  }
-
-  template <class T>
-  Both<T> elements(size_t count) {
-    if constexpr (std::is_same_v<T, e4m3>)
-      return random_fp8(count);
-    else
-      return random(count, 0.3f);
-  }
-
-  // The kernel of sm_90a for few rows: right with rows of w that fill no tile, with tiles that are cut and such that
-  // are not, and adding in one order, whatever the batch.
-  template <class T>
-  void skinny_gemm(uint32_t n, uint32_t k) {
-    cuda::DeviceInfo device{.index = 0};
-    int major = 0;
-    GEMMA_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-    GEMMA_CUDA_CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, 0));
-    device.capability = 10 * major;
-    const uint32_t most = cuda::kSkinnyTokens;
-    constexpr bool kFp8 = std::is_same_v<T, e4m3>;
-    auto x = elements<T>(size_t{most} * k), w = elements<T>(size_t{n} * k);
-    auto out = poisoned(size_t{most} * n);
-    auto w_scales = scales(n), x_scales = scales(most);
-    const auto all_args = [&](bool gpu, uint32_t t) {
-      GemmArgs args{gpu ? static_cast<const void*>(x.gpu()) : x.host.data(),
-                    {gpu ? static_cast<const void*>(w.gpu()) : w.host.data(), kFp8 ? DType::e4m3 : DType::bf16, n, k},
-                    gpu ? static_cast<void*>(out.gpu()) : out.host.data(),
-                    DType::bf16,
-                    t};
-      if (kFp8) args.w.scales = gpu ? w_scales.gpu() : w_scales.host.data();
-      if (kFp8) args.x_scale.row_scales = gpu ? x_scales.gpu() : x_scales.host.data();
-      return args;
-    };
-    const auto args = [&](uint32_t t) { return all_args(true, t); };
-    if (!cuda::skinny_gemm_fits(args(most), device)) return;
-    const Buffer partials(*gpu_, cuda::skinny_partial_bytes(device)), arrivals(*gpu_, cuda::kSkinnyArrivalBytes);
-    GEMMA_CUDA_CHECK(cudaMemset(arrivals.data(), 0, cuda::kSkinnyArrivalBytes));
-    const auto rows = [&](uint32_t t) {
-      auto poison = poisoned(out.host.size());
-      gpu_->upload(out.gpu(), poison.host.data(), out.host.size() * sizeof(bf16));
-      GEMMA_CUDA_CHECK(cudaDeviceSynchronize());
-      cuda::skinny_gemm(args(t), device, partials.data(), arrivals.as<uint32_t>(), {});
-      GEMMA_CUDA_CHECK(cudaDeviceSynchronize());
-      return download(out);
-    };
-    reference_->gemm(all_args(false, most));
-    const vector<bf16> all = rows(most);
-    near(kFp8 ? "skinny gemm, fp8" : "skinny gemm", out, kLimit);
-    for (uint32_t t : {1u, 8u, 11u, 16u, 25u, 32u, 33u, 48u}) {
-      const vector<bf16> got = rows(t);
-      CHECK(std::memcmp(got.data(), all.data(), size_t{t} * n * sizeof(bf16)) == 0);
-      CHECK(std::isnan(to_float(got[size_t{t} * n])));  // nothing past the end
-    }
-  }
-
   void geglu(const Model& m) {
     auto x = random(size_t{5} * 2 * m.ffn, 3);
     auto out = poisoned(size_t{5} * m.ffn);
@@ -251,53 +101,26 @@ class Suite {
     near("geglu", out, kLimit);
   }
 
-  // What a product of FP8 reads is the same bytes as the reference's where both have the same numbers to round, and a
-  // neighbour of them now and then where those are a sum.
-  void near_fp8(const char* what, const Both<e4m3>& data) {
-    const vector<e4m3> got = download(data);
-    size_t differ = 0;
-    for (size_t i = 0; i < got.size(); ++i) {
-      const int a = ordered(got[i]), b = ordered(data.host[i]);
-      CHECK(std::abs(a - b) <= 1);
-      differ += a != b;
-    }
-    report(what, static_cast<double>(differ) / static_cast<double>(got.size()), 0.01);
-  }
-  // Numbers in the order of their values: neighbours differ by one.
-  static int ordered(e4m3 x) { return x.bits & 0x80 ? -(x.bits & 0x7F) : x.bits; }
-  Both<e4m3> poisoned_fp8(size_t count) { return both(vector<e4m3>(count, e4m3{0x7F})); }
-  Both<e4m3> random_fp8(size_t count, float deviation = 60) {
-    vector<e4m3> out;
-    out.reserve(count);
-    for (float x : test::normal(count, deviation)) out.push_back(to_e4m3(x));
-    return both(std::move(out));
-  }
-  Both<float> scales(size_t count) {
-    vector<float> out = test::normal(count, 0.3f);
-    for (float& x : out) x = 0.01f * (1 + std::abs(x));
-    return both(std::move(out));
-  }
-
   // Every bf16 there is, with one scale for all and with one a row: bit for bit what the reference makes of it.
   void quantize() {
     const uint32_t rows = 256, width = 256;
     vector<bf16> all(rows * width);
     for (uint32_t i = 0; i < all.size(); ++i) all[i].bits = static_cast<uint16_t>(i);
     auto x = both(all);
-    auto wide = both(Suite::wide(all));
+    auto widened = both(wide(all));
     auto one = both(vector<float>{0.37f}), each = both(vector<float>(rows, -1));
     for (const bool dynamic : {false, true})
       for (const bool f32 : {false, true}) {
         auto out = poisoned_fp8(all.size());
         QuantizeArgs args{
-            .x = f32 ? static_cast<const void*>(wide.host.data()) : x.host.data(),
+            .x = f32 ? static_cast<const void*>(widened.host.data()) : x.host.data(),
             .dtype = f32 ? DType::f32 : DType::bf16,
             .how = {.scale = dynamic ? nullptr : one.host.data(), .row_scales = dynamic ? each.host.data() : nullptr},
             .out = out.host.data(),
             .rows = rows,
             .width = width};
         reference_->quantize(args);
-        args.x = f32 ? static_cast<const void*>(wide.gpu()) : x.gpu(), args.out = out.gpu();
+        args.x = f32 ? static_cast<const void*>(widened.gpu()) : x.gpu(), args.out = out.gpu();
         args.how = {.scale = dynamic ? nullptr : one.gpu(), .row_scales = dynamic ? each.gpu() : nullptr};
         gpu_->quantize(args);
         const vector<e4m3> got = download(out);
@@ -346,77 +169,6 @@ class Suite {
       gpu_->geglu({x.gpu(), activated.gpu(), t, m.ffn, device});
       near_fp8("geglu to FP8: differ", activated);
       if (dynamic) near("geglu to FP8: scales", each, 1e-5);
-    }
-  }
-
-  // Products of FP8 with the scales of rows, or one for all of them, of both sides.
-  void gemm_fp8(uint32_t t, uint32_t n, uint32_t k, DType out_dtype) {
-    auto x = random_fp8(size_t{t} * k), w = random_fp8(size_t{n} * k);
-    auto w_scales = scales(n), x_scales = scales(t);
-    auto one = both(vector<float>(n, 0.013f));
-    char what[80];
-    // What is large takes the reference long: there all scales of rows, or none.
-    const bool large = size_t{t} * n * k > size_t{1} << 28;
-    for (const bool one_w : {false, true})
-      for (const bool one_x : {false, true}) {
-        if (large && one_w != one_x) continue;
-        const auto& ws = one_w ? one : w_scales;
-        auto args = [&](bool gpu, void* out) {
-          float* xs = gpu ? x_scales.gpu() : x_scales.host.data();
-          const Matrix matrix{gpu ? static_cast<const void*>(w.gpu()) : w.host.data(),
-                              DType::e4m3,
-                              n,
-                              k,
-                              gpu ? ws.gpu() : ws.host.data(),
-                              one_w};
-          return GemmArgs{.x = gpu ? static_cast<const void*>(x.gpu()) : x.host.data(),
-                          .w = matrix,
-                          .out = out,
-                          .out_dtype = out_dtype,
-                          .tokens = t,
-                          .x_scale = {.scale = one_x ? xs : nullptr, .row_scales = one_x ? nullptr : xs}};
-        };
-        std::snprintf(what, sizeof what, "fp8 gemm %u x %u x %u, %d %d", t, n, k, one_w, one_x);
-        // Up to kSkinnyTokens sums are float32 on sm_90; those of the library less exact.
-        const double limit = kLimit + (t > cuda::kSkinnyTokens ? 0x1p-8 : 0);
-        if (out_dtype == DType::f32) {
-          auto out = both(vector<float>(size_t{t} * n, NAN));
-          reference_->gemm(args(false, out.host.data()));
-          gpu_->gemm(args(true, out.gpu()));
-          near(what, out, limit);
-        } else {
-          auto out = poisoned(size_t{t} * n);
-          reference_->gemm(args(false, out.host.data()));
-          gpu_->gemm(args(true, out.gpu()));
-          near(what, out, limit);
-        }
-      }
-  }
-
-  // Scales that are applied behind the product, as on GPUs whose library takes no vectors of them.
-  void gemm_scaled_behind(uint32_t t, uint32_t n, uint32_t k) {
-    auto x = random_fp8(size_t{t} * k), w = random_fp8(size_t{n} * k);
-    auto w_scales = scales(n), x_scales = scales(t);
-    cuda::Gemm gemm({.index = 0, .capability = 89}, "a GPU without vectors of scales");
-    for (const bool one : {false, true}) {
-      auto out = poisoned(size_t{t} * n);
-      const auto args = [&](bool gpu) {
-        float* xs = gpu ? x_scales.gpu() : x_scales.host.data();
-        return GemmArgs{.x = gpu ? static_cast<const void*>(x.gpu()) : x.host.data(),
-                        .w = {.data = gpu ? static_cast<const void*>(w.gpu()) : w.host.data(),
-                              .dtype = DType::e4m3,
-                              .rows = n,
-                              .cols = k,
-                              .scales = gpu ? w_scales.gpu() : w_scales.host.data()},
-                        .out = gpu ? static_cast<void*>(out.gpu()) : out.host.data(),
-                        .out_dtype = DType::bf16,
-                        .tokens = t,
-                        .x_scale = {.scale = one ? xs : nullptr, .row_scales = one ? nullptr : xs}};
-      };
-      reference_->gemm(args(false));
-      gemm.run(args(true), {});
-      GEMMA_CUDA_CHECK(cudaDeviceSynchronize());
-      near("fp8 gemm, scaled behind", out, 2 * kLimit);  // rounded twice
     }
   }
 
@@ -682,38 +434,11 @@ class Suite {
   }
 
   void model(const Model& m) {
-    std::printf("%s\n", m.name);
     embed(m);
     norm(m);
     geglu(m);
-    const uint32_t width = m.heads * m.head_dim, qkv = (m.heads + 2 * m.kv_heads) * m.head_dim;
-    for (uint32_t t : {1u, 3u, 9u, 17u, 32u, 64u}) {
-      gemm(t, qkv, m.hidden, DType::bf16);
-      gemm(t, m.hidden, width, DType::bf16);
-    }
-    gemm(5, 2 * m.ffn, m.hidden, DType::bf16);
-    gemm(5, m.hidden, m.ffn, DType::bf16);
-    gemm(300, qkv, m.hidden, DType::bf16);
-    gemm(2, m.vocab / 8, m.hidden, DType::f32);
-    gemm(33, m.vocab / 8 + 1, m.hidden, DType::f32);
-    skinny_gemm<bf16>(m.hidden, m.ffn);
-    skinny_gemm<bf16>(qkv + 8, m.hidden);
-    skinny_gemm<bf16>(m.vocab / 8 + 1, m.hidden);
     observe(m);
-    if (fp8_ && m.ffn % 16 == 0) {
-      quantized_ops(m);
-      for (uint32_t t : {1u, 9u, 33u}) gemm_fp8(t, qkv, m.hidden, DType::bf16);
-      gemm_fp8(5, m.hidden, m.ffn, DType::bf16);
-      gemm_fp8(130, qkv, m.hidden, DType::bf16);
-      gemm_fp8(100, m.hidden, m.ffn, DType::bf16);
-      gemm_fp8(3, m.vocab / 32 * 4, m.hidden, DType::f32);
-      gemm_fp8(70, m.vocab / 32 * 16, m.hidden, DType::f32);
-      gemm_scaled_behind(5, qkv, m.hidden);
-      gemm_scaled_behind(96, m.hidden, width);
-      skinny_gemm<e4m3>(m.hidden, m.ffn);
-      skinny_gemm<e4m3>(qkv + 8, m.hidden);
-      skinny_gemm<e4m3>(m.vocab / 8 + 1, m.hidden);
-    }
+    if (fp8_ && m.ffn % 16 == 0) quantized_ops(m);
     const uint32_t w = m.window;
     for (uint32_t page_size : {1u, 5u, 32u}) {
       const Batch ragged(page_size, {{0, 1}, {17, 1}, {31, 2}, {0, 70}, {100, 33}, {3, 1}, {1, 64}, {63, 65}});
@@ -737,26 +462,13 @@ class Suite {
     attention("attention, 300 rows", kModels[3], Batch(32, sequences), 0);
     attention("attention, 300 rows", kModels[2], Batch(32, sequences), 50);
   }
-
- private:
-  static bool has_fp8() {
-    int major = 0, minor = 0;
-    GEMMA_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-    GEMMA_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
-    return 10 * major + minor >= 89;
-  }
-
-  std::unique_ptr<Backend> gpu_, reference_;
-  const bool fp8_ = has_fp8();
 };
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  Suite suite(test::gpu());
-  const std::string only = argc > 1 ? argv[1] : "";  // one model's name: what a sanitizer has time for
-  for (const Model& model : kModels)
-    if (only.empty() || only == model.name) suite.model(model);
+  Operations suite(test::gpu());
+  const std::string only = run_models(suite, argc, argv);
   if (only.empty()) suite.upload();
   suite.soft_cap();
   suite.quantize();

@@ -1,0 +1,227 @@
+// The products of the CUDA backend against the reference backend, at the shapes of real models: by our own kernels and
+// by cuBLASLt, in bf16 and FP8. Outputs are poisoned before, inputs are new each run.
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/gemm.h"
+#include "cuda/skinny_gemm.h"
+#include "suite.h"
+
+namespace {
+
+class Products : public Suite {
+ public:
+  using Suite::Suite;
+
+  void gemm(uint32_t t, uint32_t n, uint32_t k, DType out_dtype) {
+    auto x = random(size_t{t} * k);
+    auto w = random(size_t{n} * k, 0.1f);
+    char what[80];
+    std::snprintf(what, sizeof what, "gemm %u x %u x %u", t, n, k);
+    if (out_dtype == DType::f32) {
+      auto out = both(vector<float>(size_t{t} * n, NAN));
+      reference_->gemm({x.host.data(), {w.host.data(), DType::bf16, n, k}, out.host.data(), out_dtype, t});
+      gpu_->gemm({x.gpu(), {w.gpu(), DType::bf16, n, k}, out.gpu(), out_dtype, t});
+      near(what, out, 1e-5);
+    } else {
+      auto out = poisoned(size_t{t} * n);
+      reference_->gemm({x.host.data(), {w.host.data(), DType::bf16, n, k}, out.host.data(), out_dtype, t});
+      gpu_->gemm({x.gpu(), {w.gpu(), DType::bf16, n, k}, out.gpu(), out_dtype, t});
+      near(what, out, kLimit);
+    }
+  }
+
+  // The kernel of sm_90a for few rows: right with rows of w that fill no tile, with tiles that are cut and such that
+  // are not, and adding in one order, whatever the batch.
+  template <class T>
+  void skinny_gemm(uint32_t n, uint32_t k) {
+    cuda::DeviceInfo device{.index = 0};
+    int major = 0;
+    GEMMA_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    GEMMA_CUDA_CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+    device.capability = 10 * major;
+    const uint32_t most = cuda::kSkinnyTokens;
+    constexpr bool kFp8 = std::is_same_v<T, e4m3>;
+    auto x = elements<T>(size_t{most} * k), w = elements<T>(size_t{n} * k);
+    auto out = poisoned(size_t{most} * n);
+    auto w_scales = scales(n), x_scales = scales(most);
+    const auto all_args = [&](bool gpu, uint32_t t) {
+      GemmArgs args{gpu ? static_cast<const void*>(x.gpu()) : x.host.data(),
+                    {gpu ? static_cast<const void*>(w.gpu()) : w.host.data(), kFp8 ? DType::e4m3 : DType::bf16, n, k},
+                    gpu ? static_cast<void*>(out.gpu()) : out.host.data(),
+                    DType::bf16,
+                    t};
+      if (kFp8) args.w.scales = gpu ? w_scales.gpu() : w_scales.host.data();
+      if (kFp8) args.x_scale.row_scales = gpu ? x_scales.gpu() : x_scales.host.data();
+      return args;
+    };
+    const auto args = [&](uint32_t t) { return all_args(true, t); };
+    if (!cuda::skinny_gemm_fits(args(most), device)) return;
+    const Buffer partials(*gpu_, cuda::skinny_partial_bytes(device)), arrivals(*gpu_, cuda::kSkinnyArrivalBytes);
+    GEMMA_CUDA_CHECK(cudaMemset(arrivals.data(), 0, cuda::kSkinnyArrivalBytes));
+    const auto rows = [&](uint32_t t) {
+      auto poison = poisoned(out.host.size());
+      gpu_->upload(out.gpu(), poison.host.data(), out.host.size() * sizeof(bf16));
+      GEMMA_CUDA_CHECK(cudaDeviceSynchronize());
+      cuda::skinny_gemm(args(t), device, partials.data(), arrivals.as<uint32_t>(), {});
+      GEMMA_CUDA_CHECK(cudaDeviceSynchronize());
+      return download(out);
+    };
+    reference_->gemm(all_args(false, most));
+    const vector<bf16> all = rows(most);
+    near(kFp8 ? "skinny gemm, fp8" : "skinny gemm", out, kLimit);
+    for (uint32_t t : {1u, 8u, 11u, 16u, 25u, 32u, 33u, 48u}) {
+      const vector<bf16> got = rows(t);
+      CHECK(std::memcmp(got.data(), all.data(), size_t{t} * n * sizeof(bf16)) == 0);
+      CHECK(std::isnan(to_float(got[size_t{t} * n])));  // nothing past the end
+    }
+  }
+
+  // The gated product, fused or not, from the reference's products in float32. Fused it is rounded once.
+  template <class T>
+  void gated_gemm(uint32_t t, uint32_t ffn, uint32_t k) {
+    constexpr bool kFp8 = std::is_same_v<T, e4m3>;
+    auto x = elements<T>(size_t{t} * k), w = elements<T>(size_t{2} * ffn * k);
+    auto w_scales = scales(2 * ffn), x_scales = scales(t), out_scale = both(vector<float>{0.7f});
+    Matrix matrix{w.host.data(), kFp8 ? DType::e4m3 : DType::bf16, 2 * ffn, k};
+    if (kFp8) matrix.scales = w_scales.host.data();
+    vector<float> products(size_t{t} * 2 * ffn);
+    reference_->gemm({.x = x.host.data(),
+                      .w = matrix,
+                      .out = products.data(),
+                      .out_dtype = DType::f32,
+                      .tokens = t,
+                      .x_scale = {.scale = nullptr, .row_scales = kFp8 ? x_scales.host.data() : nullptr}});
+    auto out = poisoned(size_t{t} * ffn), room = poisoned(size_t{t} * 2 * ffn);
+    auto narrow = poisoned_fp8(size_t{t} * ffn);
+    for (uint32_t row = 0; row < t; ++row)
+      for (uint32_t i = 0; i < ffn; ++i) {
+        const float g = products[size_t{row} * 2 * ffn + i], u = products[size_t{row} * 2 * ffn + ffn + i];
+        const float y = 0.5f * g * (1 + std::tanh(0.79788456f * (g + 0.044715f * g * g * g))) * u;
+        out.host[size_t{row} * ffn + i] = to_bf16(y);
+        narrow.host[size_t{row} * ffn + i] = to_e4m3(y / 0.7f);
+      }
+    matrix.data = w.gpu();
+    if (kFp8) matrix.scales = w_scales.gpu();
+    GatedGemmArgs args{.x = x.gpu(),
+                       .w = matrix,
+                       .act = DType::bf16,
+                       .gate_up = room.gpu(),
+                       .out = out.gpu(),
+                       .tokens = t,
+                       .x_scale = {.scale = nullptr, .row_scales = kFp8 ? x_scales.gpu() : nullptr}};
+    gpu_->gated_gemm(args);
+    char what[80];
+    std::snprintf(what, sizeof what, "gated gemm%s %u x %u x %u", kFp8 ? ", fp8" : "", t, ffn, k);
+    near(what, out, 3 * kLimit);
+    if (!kFp8) return;
+    args.out = narrow.gpu(), args.quantize.scale = out_scale.gpu();
+    gpu_->gated_gemm(args);
+    near("gated gemm, to fp8", narrow, 0.03);  // where gelu is steep, the sums' last bits decide on a code
+  }
+
+  // A product of FP8 with the scales of rows, or one for all of them, of either side.
+  struct Fp8Product {
+    Both<e4m3> x, w;
+    Both<float> w_scales, x_scales, one_w;
+    uint32_t t, n, k;
+
+    GemmArgs args(bool gpu, void* out, DType out_dtype, bool one_w_scale, bool one_x_scale) const {
+      const auto on = [&]<class T>(const Both<T>& data) { return gpu ? data.gpu() : const_cast<T*>(data.host.data()); };
+      float* xs = on(x_scales);
+      return {.x = on(x),
+              .w = {on(w), DType::e4m3, n, k, on(one_w_scale ? one_w : w_scales), one_w_scale},
+              .out = out,
+              .out_dtype = out_dtype,
+              .tokens = t,
+              .x_scale = {.scale = one_x_scale ? xs : nullptr, .row_scales = one_x_scale ? nullptr : xs}};
+    }
+  };
+  Fp8Product fp8_product(uint32_t t, uint32_t n, uint32_t k) {
+    return {random_fp8(size_t{t} * k),
+            random_fp8(size_t{n} * k),
+            scales(n),
+            scales(t),
+            both(vector<float>(n, 0.013f)),
+            t,
+            n,
+            k};
+  }
+
+  void gemm_fp8(uint32_t t, uint32_t n, uint32_t k, DType out_dtype) {
+    const Fp8Product product = fp8_product(t, n, k);
+    char what[80];
+    // What is large takes the reference long: there all scales of rows, or none.
+    const bool large = size_t{t} * n * k > size_t{1} << 28;
+    for (const bool one_w : {false, true})
+      for (const bool one_x : {false, true}) {
+        if (large && one_w != one_x) continue;
+        std::snprintf(what, sizeof what, "fp8 gemm %u x %u x %u, %d %d", t, n, k, one_w, one_x);
+        // Up to kSkinnyTokens sums are float32 on sm_90; those of the library less exact.
+        const double limit = kLimit + (t > cuda::kSkinnyTokens ? 0x1p-8 : 0);
+        const auto check = [&](auto out) {
+          reference_->gemm(product.args(false, out.host.data(), out_dtype, one_w, one_x));
+          gpu_->gemm(product.args(true, out.gpu(), out_dtype, one_w, one_x));
+          near(what, out, limit);
+        };
+        out_dtype == DType::f32 ? check(both(vector<float>(size_t{t} * n, NAN))) : check(poisoned(size_t{t} * n));
+      }
+  }
+
+  // Scales that are applied behind the product, as on GPUs whose library takes no vectors of them.
+  void gemm_scaled_behind(uint32_t t, uint32_t n, uint32_t k) {
+    const Fp8Product product = fp8_product(t, n, k);
+    cuda::Gemm gemm({.index = 0, .capability = 89}, "a GPU without vectors of scales");
+    for (const bool one_x : {false, true}) {
+      auto out = poisoned(size_t{t} * n);
+      reference_->gemm(product.args(false, out.host.data(), DType::bf16, false, one_x));
+      gemm.run(product.args(true, out.gpu(), DType::bf16, false, one_x), {});
+      GEMMA_CUDA_CHECK(cudaDeviceSynchronize());
+      near("fp8 gemm, scaled behind", out, 2 * kLimit);  // rounded twice
+    }
+  }
+
+  void model(const Model& m) {
+    const uint32_t width = m.heads * m.head_dim, qkv = (m.heads + 2 * m.kv_heads) * m.head_dim;
+    for (uint32_t t : {1u, 3u, 9u, 17u, 32u, 64u}) {
+      gemm(t, qkv, m.hidden, DType::bf16);
+      gemm(t, m.hidden, width, DType::bf16);
+    }
+    gemm(5, m.hidden, m.ffn, DType::bf16);
+    gemm(300, qkv, m.hidden, DType::bf16);
+    gemm(2, m.vocab / 8, m.hidden, DType::f32);
+    gemm(33, m.vocab / 8 + 1, m.hidden, DType::f32);
+    skinny_gemm<bf16>(m.hidden, m.ffn);
+    skinny_gemm<bf16>(qkv + 8, m.hidden);
+    skinny_gemm<bf16>(m.vocab / 8 + 1, m.hidden);
+    gated_gemm<bf16>(5, m.ffn, m.hidden);
+    for (uint32_t t : {1u, 64u, 200u}) gated_gemm<bf16>(t, 264, m.hidden);
+    for (uint32_t t : {65u, 200u, 1100u}) gated_gemm<bf16>(t, 256, m.hidden);
+    if (fp8_ && m.ffn % 16 == 0) model_fp8(m, width, qkv);
+  }
+
+ private:
+  void model_fp8(const Model& m, uint32_t width, uint32_t qkv) {
+    for (uint32_t t : {1u, 9u, 33u}) gemm_fp8(t, qkv, m.hidden, DType::bf16);
+    gemm_fp8(5, m.hidden, m.ffn, DType::bf16);
+    gemm_fp8(130, qkv, m.hidden, DType::bf16);
+    gemm_fp8(100, m.hidden, m.ffn, DType::bf16);
+    gemm_fp8(3, m.vocab / 32 * 4, m.hidden, DType::f32);
+    gemm_fp8(70, m.vocab / 32 * 16, m.hidden, DType::f32);
+    gemm_scaled_behind(5, qkv, m.hidden);
+    gemm_scaled_behind(96, m.hidden, width);
+    skinny_gemm<e4m3>(m.hidden, m.ffn);
+    skinny_gemm<e4m3>(qkv + 8, m.hidden);
+    skinny_gemm<e4m3>(m.vocab / 8 + 1, m.hidden);
+    gated_gemm<e4m3>(5, m.ffn, m.hidden);
+    for (uint32_t t : {1u, 64u, 200u}) gated_gemm<e4m3>(t, 264, m.hidden);
+    for (uint32_t t : {65u, 200u, 1100u}) gated_gemm<e4m3>(t, 256, m.hidden);
+  }
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Products products(test::gpu());
+  run_models(products, argc, argv);
+}
