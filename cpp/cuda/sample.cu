@@ -204,51 +204,94 @@ __device__ void report_top(const float* logits, uint32_t vocab, uint32_t count, 
   __syncthreads();
 }
 
-struct Softmax {  // running
-  float best, sum;
-  __device__ void take(float x) {
-    if (x > best) {
-      sum = sum * expf(best - x) + 1;
-      best = x;
-    } else if (x != -INFINITY) {
-      sum += expf(x - best);
+constexpr int kParts = kSurveyParts;
+constexpr int kSurveyThreads = 256;
+constexpr int kAtOnce = 32;  // elements of a thread: a part of 262144 at once, all asked for before the first is needed
+
+// 2^x to within two units in the last place.
+__device__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ float exp_of(float x) { return exp2_of(x * 1.4426950408889634f); }
+
+// What two parts of a row have together.
+__device__ Survey join(const Survey& a, const Survey& b) {
+  Best best{a.best, a.token};
+  best.take(b.best, b.token);
+  const auto weighed = [&](const Survey& s) { return s.sum == 0 ? 0 : s.sum * exp_of(s.best - best.value); };
+  return {best.value, best.token, weighed(a) + weighed(b), a.finite & b.finite};
+}
+// What `Lanes` neighbours have, to each of them.
+template <int Lanes>
+__device__ Survey join_lanes(Survey mine) {
+#pragma unroll
+  for (int offset = Lanes / 2; offset > 0; offset /= 2) {
+    const Survey other{__shfl_xor_sync(~0u, mine.best, offset), __shfl_xor_sync(~0u, mine.token, offset),
+                       __shfl_xor_sync(~0u, mine.sum, offset), __shfl_xor_sync(~0u, mine.finite, offset)};
+    // In the same order on both sides.
+    mine = threadIdx.x & offset ? join(other, mine) : join(mine, other);
+  }
+  return mine;
+}
+
+// A thread's elements of [begin, end): its e-th is at place(e). Four neighbours where rows allow it.
+template <bool Vectors>
+struct Elements {
+  float value[kAtOnce];
+
+  __device__ static uint32_t place(uint32_t begin, int e) {
+    return Vectors ? begin + (e / 4 * kSurveyThreads + threadIdx.x) * 4 + e % 4
+                   : begin + e * kSurveyThreads + threadIdx.x;
+  }
+  __device__ Elements(const float* row, uint32_t begin, uint32_t end) {
+#pragma unroll
+    for (int e = 0; e < kAtOnce; e += Vectors ? 4 : 1) {
+      const uint32_t at = place(begin, e);
+      if constexpr (Vectors) {
+        const float nothing = -INFINITY;
+        const float4 four =
+            at < end ? *reinterpret_cast<const float4*>(row + at) : make_float4(nothing, nothing, nothing, nothing);
+        value[e] = four.x, value[e + 1] = four.y, value[e + 2] = four.z, value[e + 3] = four.w;
+      } else {
+        value[e] = at < end ? row[at] : -INFINITY;
+      }
     }
   }
 };
 
-constexpr int kParts = kSurveyParts;
-constexpr int kSurveyThreads = 256;
-
-// What two parts of a row have together.
-__device__ Survey join(Survey a, const Survey& b) {
-  Best best{a.best, a.token};
-  best.take(b.best, b.token);
-  const auto weighed = [&](const Survey& s) { return s.sum == 0 ? 0 : s.sum * expf(s.best - best.value); };
-  return {best.value, best.token, weighed(a) + weighed(b), a.finite & b.finite};
-}
-
+template <bool Vectors>
 __global__ void __launch_bounds__(kSurveyThreads)
     survey_kernel(const float* all, uint32_t vocab, const SampleTask* tasks, Survey* surveys) {
+  __shared__ Survey of_warps[kSurveyThreads / 32];
   allow_next();
   wait_for_last();  // also those with nothing to do: whoever waits for this kernel waits for those before it
   const uint32_t row = tasks[blockIdx.y].row;
   if (row == SampleTask::kNoRow) return;
   const float* logits = all + size_t{row} * vocab;
-  const uint32_t part = (vocab + kParts - 1) / kParts, begin = min(vocab, blockIdx.x * part);
-  const uint32_t end = min(vocab, begin + part);
-  Softmax softmax{-INFINITY, 0};
+  const uint32_t part = (vocab + 4 * kParts - 1) / (4 * kParts) * 4;
+  const uint32_t end = min(vocab, (blockIdx.x + 1) * part);
   Best best{-INFINITY, ~0u};
-  uint32_t finite = 1;
-#pragma unroll 4
-  for (uint32_t i = begin + threadIdx.x; i < end; i += kSurveyThreads) {
-    const float x = logits[i];
-    finite &= x == x;
-    softmax.take(x);
-    best.take(x, i);
+  float sum = 0;
+  for (uint32_t begin = blockIdx.x * part; begin < end; begin += kAtOnce * kSurveyThreads) {
+    const Elements<Vectors> x(logits, begin, end);
+    const float before = best.value;
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e)
+      if (x.value[e] > best.value) best = {x.value[e], x.place(begin, e)};
+    const float base = best.value == -INFINITY ? 0 : best.value;
+    sum *= exp_of(before - base);
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e) sum += exp_of(x.value[e] - base);
   }
-  const Survey mine{best.value, best.token, softmax.sum == 0 ? 0 : softmax.sum * expf(softmax.best - best.value),
-                    finite};
-  const Survey whole = block_reduce(mine, [](Survey a, Survey b) { return join(a, b); });
+  // NaN, or infinity minus itself, is in the sum.
+  const Survey of_warp = join_lanes<32>({best.value, best.token, sum, sum == sum});
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = of_warp;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  constexpr int kWarps = kSurveyThreads / 32;
+  const Survey whole = join_lanes<kWarps>(of_warps[threadIdx.x % kWarps]);
   if (threadIdx.x == 0) surveys[blockIdx.y * kParts + blockIdx.x] = whole;
 }
 
@@ -260,9 +303,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleArgs args,
   const uint32_t vocab = args.vocab;
   float* logits = args.logits + size_t{task.row} * vocab;
 
-  const Survey* surveys = memory.surveys + blockIdx.x * kParts;
-  Survey row = surveys[0];
-  for (int part = 1; part < kParts; ++part) row = join(row, surveys[part]);
+  static_assert(kParts == 32);
+  const Survey row = join_lanes<kParts>(memory.surveys[blockIdx.x * kParts + threadIdx.x % kParts]);
   const Best best{row.best, row.token};
   const bool finite = row.finite && isfinite(row.best);
 
@@ -297,7 +339,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleArgs args,
 }  // namespace
 
 void sample(const SampleArgs& args, const SampleMemory& memory, const Stream& stream) {
-  launch_early(stream, dim3(kParts, args.count), kSurveyThreads, 0, survey_kernel, args.logits, args.vocab, args.tasks,
+  launch_early(stream, dim3(kParts, args.count), kSurveyThreads, 0,
+               args.vocab % 4 == 0 ? survey_kernel<true> : survey_kernel<false>, args.logits, args.vocab, args.tasks,
                memory.surveys);
   launch_early(stream, args.count, kThreads, 0, sample_kernel, args, memory);
 }

@@ -94,6 +94,10 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_new: Option<u32>,
 
+    /// Most requests computed at once: the batch of decode
+    #[arg(long, default_value_t = 64, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    at_once: u32,
+
     /// Where to run: auto, reference (the CPU) or cuda:N
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     device: String,
@@ -189,7 +193,7 @@ impl Args {
     /// Requests computed at once.
     fn at_once(&self) -> usize {
         let most = self.workloads().iter().map(|workload| workload.requests(1).len()).max().unwrap_or(1);
-        most.min(64)
+        most.min(self.at_once as usize)
     }
 
     fn plan(&self, configuration: Configuration) -> Plan {
