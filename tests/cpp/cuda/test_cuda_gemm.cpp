@@ -117,7 +117,8 @@ class Products : public Suite {
     if (!kFp8) return;
     args.out = narrow.gpu(), args.quantize.scale = out_scale.gpu();
     gpu_->gated_gemm(args);
-    near("gated gemm, to fp8", narrow, 0.03);  // where gelu is steep, the sums' last bits decide on a code
+    // Where gelu is steep, the sums' last bits decide on a code; of few results one may be most of the error.
+    near("gated gemm, to fp8", narrow, t < 33 ? 0x1p-3 : 0.03);
   }
 
   // A product of FP8 with the scales of rows, or one for all of them, of either side.
@@ -196,7 +197,7 @@ class Products : public Suite {
     skinny_gemm<bf16>(m.vocab / 8 + 1, m.hidden);
     gated_gemm<bf16>(5, m.ffn, m.hidden);
     for (uint32_t t : {1u, 64u, 200u}) gated_gemm<bf16>(t, 264, m.hidden);
-    for (uint32_t t : {65u, 200u, 1100u}) gated_gemm<bf16>(t, 256, m.hidden);
+    for (uint32_t t : {65u, 200u, 1100u}) gated_gemm<bf16>(t, 256, std::max(m.hidden, 640u));
     if (fp8_ && m.ffn % 16 == 0) model_fp8(m, width, qkv);
   }
 
@@ -215,7 +216,7 @@ class Products : public Suite {
     skinny_gemm<e4m3>(m.vocab / 8 + 1, m.hidden);
     gated_gemm<e4m3>(5, m.ffn, m.hidden);
     for (uint32_t t : {1u, 64u, 200u}) gated_gemm<e4m3>(t, 264, m.hidden);
-    for (uint32_t t : {65u, 200u, 1100u}) gated_gemm<e4m3>(t, 256, m.hidden);
+    for (uint32_t t : {65u, 200u, 1100u}) gated_gemm<e4m3>(t, 256, std::max(m.hidden, 640u));
   }
 };
 
