@@ -346,6 +346,8 @@ __global__ void __launch_bounds__(combine_threads(HeadDim)) combine_kernel(Decod
   args.out.store(out * HeadDim + 4 * column, sum * (out_factor(args, row.head) / mass));
 }
 
+constexpr int kStaticShared = 256;  // bytes that decode_kernel has besides, at most
+
 // Warps a block and blocks a multiprocessor: as much in flight as shared memory holds.
 struct Shape {
   int warps, blocks;
@@ -355,7 +357,8 @@ struct Shape {
 Shape shape(const DeviceInfo& device, size_t warp_bytes, uint32_t sequences) {
   const size_t geometry = (sequences + 1) * sizeof(uint32_t);
   int warps = kMaxWarps;
-  while (warps > 1 && warps * warp_bytes + geometry > static_cast<size_t>(device.shared_memory)) --warps;
+  while (warps > 1 && warps * warp_bytes + geometry > static_cast<size_t>(device.shared_memory - kStaticShared))
+    --warps;
   const size_t shared = warps * warp_bytes + geometry;
   const int blocks = std::clamp(static_cast<int>(device.shared_memory / (shared + 2048)), 1, 3);
   return {warps, blocks, shared};
@@ -366,8 +369,7 @@ void launch(Decode args, const DeviceInfo& device, const Stream& stream) {
   const Shape s = shape(device, kStages * stage_bytes<HeadDim, Cache>, args.sequences);
   const uint32_t blocks = s.blocks * device.multiprocessors;
   args.stretches = blocks * s.warps;
-  GEMMA_CUDA_CHECK(cudaFuncSetAttribute(decode_kernel<HeadDim, Cache>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(s.shared)));
+  allow_shared(decode_kernel<HeadDim, Cache>, device.shared_memory - kStaticShared);
   launch_early(stream, blocks, s.warps * 32, s.shared, decode_kernel<HeadDim, Cache>, args);
   const uint32_t group = args.heads / args.kv_heads;
   const uint32_t rows = args.sequences * args.kv_heads;

@@ -452,7 +452,7 @@ void launch(const GatedGemmArgs& args, const DeviceInfo& device, const Stream& s
   work.one_x_scale = args.x_scale.scale != nullptr;
   work.out_scale = args.quantize.scale;
   const auto kernel = gated_gemm_kernel<Type, Out, Cluster>;
-  GEMMA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<Out>));
+  allow_shared(kernel, kSharedBytes<Out>);
   const uint32_t clusters =
       std::min<uint32_t>(device.multiprocessors / Cluster, work.bands * (work.ffn / kTileColumns));
   launch_clusters(

@@ -23,6 +23,13 @@ __device__ inline void wait_for_last() {
 #endif
 }
 
+// Lets a kernel have so much dynamic shared memory. That belongs to the process: it must not depend on what one launch
+// takes, for another engine's thread may be about to launch the kernel with more.
+template <class... Parameters>
+void allow_shared(void (*kernel)(Parameters...), int most) {
+  GEMMA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+}
+
 // For kernels that call wait_for_last(), as every thread must before its first access.
 template <class... Parameters, class... Arguments>
 void launch_early(const Stream& stream, dim3 grid, dim3 block, size_t shared, void (*kernel)(Parameters...),

@@ -170,8 +170,7 @@ void launch(const Prefill& args, const Stream& stream) {
   constexpr int kTile = kKeys<HeadDim, Large>;
   constexpr size_t kShared = sizeof(Shared<HeadDim, kTile>);
   const auto kernel = prefill_kernel<HeadDim, kTile, Cache>;
-  GEMMA_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kShared)));
+  allow_shared(kernel, kShared);
   launch_early(stream, dim3(args.heads, args.tiles), kWarps * 32, kShared, kernel, args);
 }
 

@@ -285,7 +285,7 @@ bool launch(const Prefill& args, const Stream& stream) {
   cudaFuncAttributes attributes;
   GEMMA_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
   if (attributes.sharedSizeBytes == 0) return false;  // compiled without its body
-  GEMMA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  allow_shared(kernel, kBytes);
   launch_early(stream, dim3(args.heads, args.tiles), kThreads, kBytes, kernel, args);
   return true;
 }

@@ -379,7 +379,7 @@ void launch(const GemmArgs& args, const DeviceInfo& device, void* partials, uint
   work.cut_tiles = tiles(args) - work.whole * blocks;
   constexpr uint32_t kBytes = kSlots<Tokens> * kSlotBytes<Tokens> + 1024;  // to begin at a multiple of it
   const auto kernel = skinny_gemm_kernel<Tokens, Type>;
-  GEMMA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  allow_shared(kernel, kBytes);
   launch_early(stream, blocks, kThreads, kBytes, kernel,
                tensor_map(args.w.data, args.w.dtype, args.w.rows, args.w.cols, kTileRows),
                tensor_map(args.x, args.w.dtype, args.tokens, args.w.cols, Tokens), work);

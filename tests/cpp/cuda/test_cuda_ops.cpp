@@ -2,6 +2,7 @@
 // the shapes of real models, on ragged batches with single tokens, page boundaries, windows that are crossed and
 // thousands of cached tokens. Outputs are poisoned before, inputs are new each run.
 #include <cstring>
+#include <thread>
 
 #include "core/plan.h"
 #include "core/sample_plan.h"
@@ -462,6 +463,40 @@ class Operations : public Suite {
     attention("attention, 300 rows", kModels[3], Batch(32, sequences), 0);
     attention("attention, 300 rows", kModels[2], Batch(32, sequences), 50);
   }
+
+  // Engines in threads launch the same kernels with different needs of shared memory at the same time.
+  static void in_threads() {
+    const Batch few(32, {{40, 1}}), many(32, vector<std::pair<uint32_t, uint32_t>>(300, {40, 1}));
+    std::thread other([&] { Operations(test::gpu()).attend_often(few); });
+    Operations(test::gpu()).attend_often(many);
+    other.join();
+    std::printf("attention in two threads\n");
+  }
+
+ private:
+  void attend_often(const Batch& batch) {
+    const Model& m = kModels[3];
+    const size_t cache = size_t{batch.pages} * m.kv_heads * batch.page_size * m.head_dim;
+    const size_t rows = size_t{batch.tokens()} * m.heads * m.head_dim;
+    const auto q = both(vector<bf16>(rows)), keys = both(vector<bf16>(cache)), values = both(vector<bf16>(cache));
+    const auto out = both(vector<bf16>(rows, to_bf16(1)));
+    const auto cu = both(batch.cu), kv_len = both(batch.lengths), table = both(batch.table);
+    const AttentionArgs args{.q = q.gpu(),
+                             .cache = {keys.gpu(), values.gpu(), DType::bf16, batch.page_size, m.kv_heads, m.head_dim},
+                             .cu_seqlens = cu.gpu(),
+                             .kv_len = kv_len.gpu(),
+                             .block_table = table.gpu(),
+                             .sequences = static_cast<uint32_t>(batch.lengths.size()),
+                             .max_pages = batch.max_pages,
+                             .heads = m.heads,
+                             .window = 0,
+                             .scale = 1,
+                             .soft_cap = 0,
+                             .out = out.gpu(),
+                             .tokens = batch.tokens()};
+    for (int i = 0; i < 3000; ++i) gpu_->attention(args);
+    for (const bf16 x : download(out)) CHECK(to_float(x) == 0);
+  }
 };
 
 }  // namespace
@@ -475,4 +510,5 @@ int main(int argc, char** argv) {
   for (uint32_t vocab : {509u, 262144u})
     if (only.empty() || vocab < 1000) suite.sample(vocab);
   if (only.empty()) suite.many_sequences();
+  Operations::in_threads();
 }
