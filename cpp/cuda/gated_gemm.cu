@@ -16,8 +16,8 @@
 //
 // Reaches, on an H100 for gemma-7b's 3072 to 24576, 20 times back to back: 8192 tokens in bf16 3412 us, 725 TFLOP/s (by
 // cuBLASLt's product, 3397, and a kernel for GeGLU 3845), in FP8 1934 us, 1279 TFLOP/s (2018); 256 tokens 132 us (157)
-// and 73 (86), 128 tokens 112 (127) and 59 (70). At 384 and 1024 tokens no faster than those two. Letting one consumer
-// run some slots behind the other, for products while the first computes GeGLU, made it 1 to 3 % slower.
+// and 73 (86), 128 tokens 112 (127) and 59 (70). At 384 and 1024 tokens it is about as fast as those two. Letting one
+// consumer run some slots behind the other, for products while the first computes GeGLU, made it 1 to 3 % slower.
 #include <cuda_bf16.h>
 
 #include <algorithm>
