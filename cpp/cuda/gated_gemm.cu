@@ -46,7 +46,6 @@ constexpr uint32_t kSlots = 4;
 constexpr uint32_t kRowBytes = 128;  // of a slot
 constexpr uint32_t kXBytes = kTileTokens * kRowBytes, kHalfBytes = kTileColumns * kRowBytes;
 constexpr uint32_t kSlotBytes = kXBytes + 2 * kHalfBytes;
-constexpr uint32_t kScaleBytes = 2 * kTileColumns * sizeof(float);
 constexpr uint32_t kBlockBytes = kWarpTokens * kRowBytes;  // of a warp's results: 128 bytes of each of its rows
 
 template <class Type>
@@ -58,10 +57,6 @@ constexpr uint32_t kStagingBytes = kTileColumns / kElements<Out>* kBlockBytes;
 template <class Out>
 constexpr uint32_t kSharedBytes =
     kSlots* kSlotBytes + kConsumers * 4 * kStagingBytes<Out> + 1024;  // to begin at a multiple of it
-
-// Registers of a thread, of as many as the block was launched with: 168 each.
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = (168 * (1 + kConsumers) - kProducerRegisters) / kConsumers;
 
 struct GatedGemm {
   uint32_t tokens, ffn;
@@ -76,6 +71,12 @@ struct GatedGemm {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+constexpr uint32_t kScaleBytes = 2 * kTileColumns * sizeof(float);
+
+// Registers of a thread, of as many as the block was launched with: 168 each.
+constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters = (168 * (1 + kConsumers) - kProducerRegisters) / kConsumers;
 
 struct Shared {
   Barrier full[kSlots], empty[kSlots];
