@@ -251,8 +251,8 @@ struct RowScales {
 // without what keeps denormals, or divisors over 2^126, right: they end as zeros.
 __device__ inline float gated(float gate, float up) {
   constexpr float kFactor = -2 * 0.7978845608028654f * 1.4426950408889634f;
-  float power, inverse;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(gate * fmaf(gate * gate, 0.044715f * kFactor, kFactor)));
+  const float power = fast_exp2(gate * fmaf(gate * gate, 0.044715f * kFactor, kFactor));
+  float inverse;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1 + power));
   return gate * up * inverse;
 }

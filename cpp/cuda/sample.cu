@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "cuda/launch.cuh"
+#include "cuda/mma.cuh"
 #include "cuda/sample.h"
 #include "ops/philox.h"
 
@@ -208,13 +209,7 @@ constexpr int kParts = kSurveyParts;
 constexpr int kSurveyThreads = 256;
 constexpr int kAtOnce = 32;  // elements of a thread: a part of 262144 at once, all asked for before the first is needed
 
-// 2^x to within two units in the last place.
-__device__ float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ float exp_of(float x) { return exp2_of(x * 1.4426950408889634f); }
+__device__ float exp_of(float x) { return fast_exp2(x * 1.4426950408889634f); }
 
 // What two parts of a row have together.
 __device__ Survey join(const Survey& a, const Survey& b) {

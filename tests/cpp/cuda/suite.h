@@ -81,13 +81,11 @@ class Suite {
     gpu_->download(out.data(), data.device.data(), out.size() * sizeof(T));
     return out;
   }
-  void near(const char* what, const Both<bf16>& data, double limit) {
-    report(what, test::relative_error(wide(download(data)), wide(data.host)), limit);
-  }
   void near(const char* what, const Both<float>& data, double limit) {
     report(what, test::relative_error(download(data), data.host), limit);
   }
-  void near(const char* what, const Both<e4m3>& data, double limit) {
+  template <class T>
+  void near(const char* what, const Both<T>& data, double limit) {
     report(what, test::relative_error(wide(download(data)), wide(data.host)), limit);
   }
   static void report(const char* what, double error, double limit) {

@@ -192,16 +192,21 @@ class Products : public Suite {
     gemm(300, qkv, m.hidden, DType::bf16);
     gemm(2, m.vocab / 8, m.hidden, DType::f32);
     gemm(33, m.vocab / 8 + 1, m.hidden, DType::f32);
-    skinny_gemm<bf16>(m.hidden, m.ffn);
-    skinny_gemm<bf16>(qkv + 8, m.hidden);
-    skinny_gemm<bf16>(m.vocab / 8 + 1, m.hidden);
-    gated_gemm<bf16>(5, m.ffn, m.hidden);
-    for (uint32_t t : {1u, 64u, 200u}) gated_gemm<bf16>(t, 264, m.hidden);
-    for (uint32_t t : {65u, 200u, 1100u}) gated_gemm<bf16>(t, 256, std::max(m.hidden, 640u));
+    own_kernels<bf16>(m, qkv);
     if (fp8_ && m.ffn % 16 == 0) model_fp8(m, width, qkv);
   }
 
  private:
+  template <class T>
+  void own_kernels(const Model& m, uint32_t qkv) {
+    skinny_gemm<T>(m.hidden, m.ffn);
+    skinny_gemm<T>(qkv + 8, m.hidden);
+    skinny_gemm<T>(m.vocab / 8 + 1, m.hidden);
+    gated_gemm<T>(5, m.ffn, m.hidden);
+    for (uint32_t t : {1u, 64u, 200u}) gated_gemm<T>(t, 264, m.hidden);
+    for (uint32_t t : {65u, 200u, 1100u}) gated_gemm<T>(t, 256, std::max(m.hidden, 640u));
+  }
+
   void model_fp8(const Model& m, uint32_t width, uint32_t qkv) {
     for (uint32_t t : {1u, 9u, 33u}) gemm_fp8(t, qkv, m.hidden, DType::bf16);
     gemm_fp8(5, m.hidden, m.ffn, DType::bf16);
@@ -211,12 +216,7 @@ class Products : public Suite {
     gemm_fp8(70, m.vocab / 32 * 16, m.hidden, DType::f32);
     gemm_scaled_behind(5, qkv, m.hidden);
     gemm_scaled_behind(96, m.hidden, width);
-    skinny_gemm<e4m3>(m.hidden, m.ffn);
-    skinny_gemm<e4m3>(qkv + 8, m.hidden);
-    skinny_gemm<e4m3>(m.vocab / 8 + 1, m.hidden);
-    gated_gemm<e4m3>(5, m.ffn, m.hidden);
-    for (uint32_t t : {1u, 64u, 200u}) gated_gemm<e4m3>(t, 264, m.hidden);
-    for (uint32_t t : {65u, 200u, 1100u}) gated_gemm<e4m3>(t, 256, std::max(m.hidden, 640u));
+    own_kernels<e4m3>(m, qkv);
   }
 };
 
