@@ -269,18 +269,19 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
                       weights.value_scales.as<float>()};
 
   observe(act_.x.data(), tokens, spec_.hidden_size, &Calibration::Layer::qkv, index);
-  gemm(input_of(weights.qkv), quantize(weights.qkv, act_.x_scales), weights.qkv, act_.qkv, tokens, limits_.tokens);
-  backend_.rope({.qkv = act_.qkv,
-                 .positions = tables_.positions,
-                 .slots = tables_.slots,
-                 .inverse_frequency = weights.inverse_frequency.as<float>(),
-                 .q_norm = weights.q_norm.as<float>(),
-                 .k_norm = weights.k_norm.as<float>(),
-                 .eps = spec_.rms_norm_eps,
-                 .heads = layer.heads,
-                 .q = act_.q,
-                 .cache = cache,
-                 .tokens = tokens});
+  const GemmArgs qkv = product(input_of(weights.qkv), quantize(weights.qkv, act_.x_scales), weights.qkv, act_.qkv,
+                               tokens, limits_.tokens);
+  backend_.rope_gemm(qkv, {.qkv = act_.qkv,
+                           .positions = tables_.positions,
+                           .slots = tables_.slots,
+                           .inverse_frequency = weights.inverse_frequency.as<float>(),
+                           .q_norm = weights.q_norm.as<float>(),
+                           .k_norm = weights.k_norm.as<float>(),
+                           .eps = spec_.rms_norm_eps,
+                           .heads = layer.heads,
+                           .q = act_.q,
+                           .cache = cache,
+                           .tokens = tokens});
   if (observer_ != nullptr)
     backend_.observe_cache({.cache = cache,
                             .slots = tables_.slots,
@@ -316,7 +317,7 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
                        .rows = tokens,
                        .width = layer.q_width()});
   }
-  gemm(attended, how, weights.attention_out, act_.x.data(), tokens, limits_.tokens);
+  backend_.gemm(product(attended, how, weights.attention_out, act_.x.data(), tokens, limits_.tokens));
 }
 
 void Forward::mlp_block(uint32_t index, uint32_t tokens) {
@@ -345,7 +346,7 @@ void Forward::mlp_block(uint32_t index, uint32_t tokens) {
     observe(block, args.tokens, spec_.hidden_size, &Calibration::Layer::gate_up, index);
     backend_.gated_gemm(args);
     observe(args.out, args.tokens, spec_.ffn_size, &Calibration::Layer::down, index);
-    gemm(args.out, how, weights.down, block, args.tokens, args.capacity);
+    backend_.gemm(product(args.out, how, weights.down, block, args.tokens, args.capacity));
     if (args.x_scale.row_scales != nullptr) args.x_scale.row_scales += args.tokens;
   }
 }
@@ -401,14 +402,15 @@ Matrix Forward::matrix_of(const Linear& w) {
           .fresh = true};
 }
 
-void Forward::gemm(const void* x, Quantize x_scale, const Linear& w, void* out, uint32_t tokens, uint32_t capacity) {
-  backend_.gemm({.x = x,
-                 .w = matrix_of(w),
-                 .out = out,
-                 .out_dtype = limits_.act,
-                 .tokens = tokens,
-                 .capacity = capacity,
-                 .x_scale = x_scale});
+GemmArgs Forward::product(const void* x, Quantize x_scale, const Linear& w, void* out, uint32_t tokens,
+                          uint32_t capacity) {
+  return {.x = x,
+          .w = matrix_of(w),
+          .out = out,
+          .out_dtype = limits_.act,
+          .tokens = tokens,
+          .capacity = capacity,
+          .x_scale = x_scale};
 }
 
 void Forward::logits(const BatchPlan& plan) {

@@ -97,7 +97,8 @@ class Forward {
   char* input_of(const Linear& reader) const;
   void observe(const void* x, uint32_t rows, uint32_t width, Magnitudes Calibration::Layer::*what, uint32_t layer);
   Matrix matrix_of(const Linear& w);
-  void gemm(const void* x, Quantize x_scale, const Linear& w, void* out, uint32_t tokens, uint32_t capacity);
+  // What a matrix is multiplied with, which may be quantized for it.
+  GemmArgs product(const void* x, Quantize x_scale, const Linear& w, void* out, uint32_t tokens, uint32_t capacity);
   void keep_hidden(std::vector<std::vector<float>>* hidden, uint32_t tokens);
   void observe_last(uint32_t tokens);
   void norm_last(uint32_t tokens);

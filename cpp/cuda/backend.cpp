@@ -13,6 +13,7 @@
 #include "cuda/ops.h"
 #include "cuda/pinned_ring.h"
 #include "cuda/requirements.h"
+#include "cuda/rope_gemm.h"
 #include "cuda/sampler.h"
 
 namespace gemma_cuda::cuda {
@@ -224,6 +225,10 @@ class CudaBackend final : public Backend {
   void gated_gemm(const GatedGemmArgs& args) override {
     if (!gated_gemm_fits(args, device_)) return Backend::gated_gemm(args);
     on_device([&] { cuda::gated_gemm(args, device_, stream()); });
+  }
+  void rope_gemm(const GemmArgs& product, const RopeArgs& rope) override {
+    if (!rope_gemm_fits(product, rope, device_)) return Backend::rope_gemm(product, rope);
+    on_device([&] { cuda::rope_gemm(product, rope, device_, stream()); });
   }
   void quantize(const QuantizeArgs& args) override {
     on_device([&] { cuda::quantize(args, stream()); });

@@ -30,6 +30,14 @@ void allow_shared(void (*kernel)(Parameters...), int most) {
   GEMMA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
 }
 
+// Whether a kernel that has static shared memory was compiled with its body, which may be for one architecture only.
+template <class... Parameters>
+bool has_body(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  GEMMA_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.sharedSizeBytes > 0;
+}
+
 // For kernels that call wait_for_last(), as every thread must before its first access.
 template <class... Parameters, class... Arguments>
 void launch_early(const Stream& stream, dim3 grid, dim3 block, size_t shared, void (*kernel)(Parameters...),

@@ -34,6 +34,7 @@
 #include "cuda/check.h"
 #include "cuda/launch.cuh"
 #include "cuda/skinny_gemm.h"
+#include "cuda/tensor_copy.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/wgmma.cuh"
 
@@ -91,19 +92,6 @@ __device__ inline uint32_t whole_tile(const SkinnyGemm& args, uint32_t i) {
   return args.cut_tiles + i * gridDim.x + blockIdx.x;
 }
 
-// Weights are read once, x by every block: how the L2 cache is to treat them.
-constexpr uint64_t kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000;
-
-// Starts the copy of a box whose first element is at (row, column); the barrier counts its bytes.
-__device__ inline void copy_box(uint32_t to, const CUtensorMap& map, uint32_t row, uint32_t column, Barrier& barrier,
-                                uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier)), "l"(policy)
-      : "memory");
-}
-
 template <int Tokens, class Type>
 __device__ void produce(const SkinnyGemm& args, const CUtensorMap& w, const CUtensorMap& x, uint32_t ring,
                         Barriers& barriers) {
@@ -117,7 +105,7 @@ __device__ void produce(const SkinnyGemm& args, const CUtensorMap& w, const CUte
   auto bring_weights = [&](uint32_t i) {
     Barrier& full = barriers.full[i % kSlots<Tokens>];
     arrive_expecting(full, kSlotBytes<Tokens>);
-    copy_box(at(i), w, row(i), column(i), full, kEvictFirst);
+    copy_box(at(i), w, row(i), column(i), full, kEvictFirst);  // read once; x by every block
   };
   auto bring_x = [&](uint32_t i) {
     copy_box(at(i) + kWeightBytes, x, 0, column(i), barriers.full[i % kSlots<Tokens>], kEvictLast);
@@ -347,11 +335,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 bool compiled() {
-  static const bool found = [] {
-    cudaFuncAttributes attributes;
-    GEMMA_CUDA_CHECK(cudaFuncGetAttributes(&attributes, skinny_gemm_kernel<8, Bf16>));
-    return attributes.sharedSizeBytes > 0;  // else it has no body
-  }();
+  static const bool found = has_body(skinny_gemm_kernel<8, Bf16>);
   return found;
 }
 
@@ -393,8 +377,6 @@ void launch(const GemmArgs& args, const DeviceInfo& device, void* partials, uint
                                        : launch<64, Type>;
   run(args, device, partials, arrivals, stream);
 }
-
-bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 }  // namespace
 

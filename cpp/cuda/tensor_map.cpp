@@ -21,21 +21,43 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
   return found;
 }
 
-}  // namespace
-
-CUtensorMap tensor_map(const void* data, DType dtype, uint64_t rows, uint64_t columns, uint32_t box_rows) {
+// Of a matrix seen as so many dimensions: first its columns, then parts of its rows, each with as many rows as lie
+// between two of its elements.
+struct Part {
+  uint64_t size, step;
+  uint32_t box;
+};
+template <size_t Parts>
+CUtensorMap encode(const void* data, DType dtype, uint64_t columns, const Part (&parts)[Parts]) {
   const uint64_t size = size_of(dtype);
-  const cuuint64_t sizes[] = {columns, rows}, row_bytes[] = {columns * size};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(128 / size), box_rows}, steps[] = {1, 1};
+  cuuint64_t sizes[1 + Parts] = {columns}, steps_bytes[Parts];
+  cuuint32_t box[1 + Parts] = {static_cast<cuuint32_t>(128 / size)}, steps[1 + Parts] = {1};
+  uint64_t rows = 1;
+  for (size_t i = 0; i < Parts; ++i) {
+    sizes[1 + i] = parts[i].size, steps_bytes[i] = parts[i].step * columns * size;
+    box[1 + i] = parts[i].box, steps[1 + i] = 1;
+    rows *= parts[i].size;
+  }
   CUtensorMap map;
   const CUresult status =
-      encoder()(&map, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-                const_cast<void*>(data), sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encoder()(&map, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 1 + Parts,
+                const_cast<void*>(data), sizes, steps_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS)
     throw Error::device("no tensor map of a " + std::to_string(rows) + " x " + std::to_string(columns) +
                         " matrix: cuTensorMapEncodeTiled returned " + std::to_string(status));
   return map;
+}
+
+}  // namespace
+
+CUtensorMap tensor_map(const void* data, DType dtype, uint64_t rows, uint64_t columns, uint32_t box_rows) {
+  return encode(data, dtype, columns, {{rows, 1, box_rows}});
+}
+
+CUtensorMap run_map(const void* data, DType dtype, uint64_t rows, uint64_t columns, uint32_t box_rows) {
+  return encode(data, dtype, columns,
+                {{2, 1, 2}, {4, 8, 4}, {4, 2, 4}, {rows / kRunRows, kRunRows, box_rows / kRunRows}});
 }
 
 }  // namespace gemma_cuda::cuda

@@ -14,4 +14,14 @@ namespace gemma_cuda::cuda {
 // as each row is, `box_rows` at most 256.
 CUtensorMap tensor_map(const void* data, DType dtype, uint64_t rows, uint64_t columns, uint32_t box_rows);
 
+// The same, but with the rows of every run of kRunRows in such an order that a thread of a warpgroup product
+// (wgmma.cuh), of which they are the columns, has eight that follow each other in four fragments: row 8 c + 2 i + j of
+// the matrix is row 8 i + 2 c + j of the run, i being the fragment and c what threads call lane % 4. `rows` and
+// `box_rows` are multiples of kRunRows.
+constexpr uint32_t kRunRows = 32;
+CUtensorMap run_map(const void* data, DType dtype, uint64_t rows, uint64_t columns, uint32_t box_rows);
+
+// Whether a matrix may begin here, or a tensor copy.
+inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
 }  // namespace gemma_cuda::cuda

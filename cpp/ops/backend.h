@@ -296,6 +296,11 @@ class Backend {
            .ffn = args.w.rows / 2,
            .quantize = args.quantize});
   }
+  // By gemm() and rope(), of whose qkv `product` is all, unless a backend can do better: then it has no use for qkv.
+  virtual void rope_gemm(const GemmArgs& product, const RopeArgs& rope) {
+    gemm(product);
+    this->rope(rope);
+  }
   virtual void soft_cap(const SoftCapArgs& args) = 0;
   virtual void quantize(const QuantizeArgs& args) = 0;
   virtual void observe(const ObserveArgs& args) = 0;

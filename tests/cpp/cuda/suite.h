@@ -12,6 +12,7 @@
 
 #include "../check.h"
 #include "cuda/check.h"
+#include "cuda/ops.h"
 #include "gpu.h"
 #include "ops/backend.h"
 #include "ops/convert.h"
@@ -128,15 +129,20 @@ class Suite {
   }
 
  protected:
-  static bool has_fp8() {
+  // What launchers are told.
+  static cuda::DeviceInfo device_info() {
+    cuda::DeviceInfo info;
     int major = 0, minor = 0;
     GEMMA_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
     GEMMA_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
-    return 10 * major + minor >= 89;
+    GEMMA_CUDA_CHECK(cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+    info.capability = 10 * major + minor;
+    return info;
   }
 
   std::unique_ptr<Backend> gpu_, reference_;
-  const bool fp8_ = has_fp8();
+  const cuda::DeviceInfo device_ = device_info();
+  const bool fp8_ = device_.capability >= 89;
 };
 
 // Runs suite.model() for every model, or for the one that is named: what a sanitizer has time for. Returns that name.

@@ -35,11 +35,6 @@ class Products : public Suite {
   // are not, and adding in one order, whatever the batch.
   template <class T>
   void skinny_gemm(uint32_t n, uint32_t k) {
-    cuda::DeviceInfo device{.index = 0};
-    int major = 0;
-    GEMMA_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-    GEMMA_CUDA_CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, 0));
-    device.capability = 10 * major;
     const uint32_t most = cuda::kSkinnyTokens;
     constexpr bool kFp8 = std::is_same_v<T, e4m3>;
     auto x = elements<T>(size_t{most} * k), w = elements<T>(size_t{n} * k);
@@ -56,14 +51,14 @@ class Products : public Suite {
       return args;
     };
     const auto args = [&](uint32_t t) { return all_args(true, t); };
-    if (!cuda::skinny_gemm_fits(args(most), device)) return;
-    const Buffer partials(*gpu_, cuda::skinny_partial_bytes(device)), arrivals(*gpu_, cuda::kSkinnyArrivalBytes);
+    if (!cuda::skinny_gemm_fits(args(most), device_)) return;
+    const Buffer partials(*gpu_, cuda::skinny_partial_bytes(device_)), arrivals(*gpu_, cuda::kSkinnyArrivalBytes);
     GEMMA_CUDA_CHECK(cudaMemset(arrivals.data(), 0, cuda::kSkinnyArrivalBytes));
     const auto rows = [&](uint32_t t) {
       auto poison = poisoned(out.host.size());
       gpu_->upload(out.gpu(), poison.host.data(), out.host.size() * sizeof(bf16));
       GEMMA_CUDA_CHECK(cudaDeviceSynchronize());
-      cuda::skinny_gemm(args(t), device, partials.data(), arrivals.as<uint32_t>(), {});
+      cuda::skinny_gemm(args(t), device_, partials.data(), arrivals.as<uint32_t>(), {});
       GEMMA_CUDA_CHECK(cudaDeviceSynchronize());
       return download(out);
     };
