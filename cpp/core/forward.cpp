@@ -217,12 +217,13 @@ void Forward::pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidde
   for (uint32_t i = 0; i < layers; ++i) {
     const bool post = spec_.layers[i].post_norms;
     const LayerWeights& weights = weights_.layer(i);
-    attention_block(i, plan);
-    add_and_norm(post ? &weights.post_attention_norm : nullptr, &weights.pre_mlp_norm, &weights.gate_up, tokens);
-    mlp_block(i, tokens);
+    attention_block(
+        i, plan,
+        add_and_norm(post ? &weights.post_attention_norm : nullptr, &weights.pre_mlp_norm, &weights.gate_up, tokens));
     const LayerWeights* next = i + 1 < layers ? &weights_.layer(i + 1) : nullptr;
-    add_and_norm(post ? &weights.post_mlp_norm : nullptr, next ? &next->pre_attention_norm : nullptr,
-                 next ? &next->qkv : nullptr, tokens);
+    mlp_block(i, tokens,
+              add_and_norm(post ? &weights.post_mlp_norm : nullptr, next ? &next->pre_attention_norm : nullptr,
+                           next ? &next->qkv : nullptr, tokens));
     keep_hidden(hidden, tokens);
   }
   if (hidden != nullptr) replace_last_hidden(*hidden, tokens);
@@ -255,7 +256,7 @@ void Forward::upload(const BatchPlan& plan, const SamplePlan& samples) {
   backend_.upload(table_memory_.data(), bytes.data(), bytes.size());
 }
 
-void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
+void Forward::attention_block(uint32_t index, const BatchPlan& plan, const NormArgs& add) {
   const LayerSpec& layer = spec_.layers[index];
   const LayerWeights& weights = weights_.layer(index);
   const uint32_t tokens = plan.tokens();
@@ -317,10 +318,10 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan) {
                        .rows = tokens,
                        .width = layer.q_width()});
   }
-  backend_.gemm(product(attended, how, weights.attention_out, act_.x.data(), tokens, limits_.tokens));
+  backend_.gemm_norm(product(attended, how, weights.attention_out, act_.x.data(), tokens, limits_.tokens), add);
 }
 
-void Forward::mlp_block(uint32_t index, uint32_t tokens) {
+void Forward::mlp_block(uint32_t index, uint32_t tokens, const NormArgs& add) {
   const LayerWeights& weights = weights_.layer(index);
   const size_t hidden = spec_.hidden_size;
   const size_t x_element = size_of(weights.gate_up.scheme == Scheme::plain ? limits_.act : DType::e4m3);
@@ -346,21 +347,24 @@ void Forward::mlp_block(uint32_t index, uint32_t tokens) {
     observe(block, args.tokens, spec_.hidden_size, &Calibration::Layer::gate_up, index);
     backend_.gated_gemm(args);
     observe(args.out, args.tokens, spec_.ffn_size, &Calibration::Layer::down, index);
-    backend_.gemm(product(args.out, how, weights.down, block, args.tokens, args.capacity));
+    const GemmArgs down = product(args.out, how, weights.down, block, args.tokens, args.capacity);
+    if (args.tokens == tokens) return backend_.gemm_norm(down, add);
+    backend_.gemm(down);
     if (args.x_scale.row_scales != nullptr) args.x_scale.row_scales += args.tokens;
   }
+  backend_.norm(add);
 }
 
-void Forward::add_and_norm(const Buffer* post, const Buffer* next, const Linear* reader, uint32_t tokens) {
-  backend_.norm({.residual = act_.residual.as<float>(),
-                 .delta = act_.x.data(),
-                 .delta_weight = post ? post->as<float>() : nullptr,
-                 .weight = next ? next->as<float>() : nullptr,
-                 .out = reader ? input_of(*reader) : nullptr,
-                 .tokens = tokens,
-                 .hidden = spec_.hidden_size,
-                 .eps = spec_.rms_norm_eps,
-                 .quantize = reader ? quantize(*reader, act_.x_scales) : Quantize{}});
+NormArgs Forward::add_and_norm(const Buffer* post, const Buffer* next, const Linear* reader, uint32_t tokens) {
+  return {.residual = act_.residual.as<float>(),
+          .delta = act_.x.data(),
+          .delta_weight = post ? post->as<float>() : nullptr,
+          .weight = next ? next->as<float>() : nullptr,
+          .out = reader ? input_of(*reader) : nullptr,
+          .tokens = tokens,
+          .hidden = spec_.hidden_size,
+          .eps = spec_.rms_norm_eps,
+          .quantize = reader ? quantize(*reader, act_.x_scales) : Quantize{}};
 }
 
 // Of a model without FP8: there is nothing to be learned from what is quantized already.

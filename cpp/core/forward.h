@@ -87,11 +87,12 @@ class Forward {
   void upload(const BatchPlan& plan, const SamplePlan& samples);
   const CapturedPass* captured(const BatchPlan& plan) const;
   void pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidden);
-  void attention_block(uint32_t layer, const BatchPlan& plan);
-  void mlp_block(uint32_t layer, uint32_t tokens);
+  // A block of a layer, and what adds its output to the residual stream.
+  void attention_block(uint32_t layer, const BatchPlan& plan, const NormArgs& add);
+  void mlp_block(uint32_t layer, uint32_t tokens, const NormArgs& add);
   // residual += delta (normed by `post` where the model does), then the input of `reader` = norm(residual, next) where
   // there is a next.
-  void add_and_norm(const Buffer* post, const Buffer* next, const Linear* reader, uint32_t tokens);
+  NormArgs add_and_norm(const Buffer* post, const Buffer* next, const Linear* reader, uint32_t tokens);
   // How the inputs of a matrix are quantized, if they are, and where the normed ones lie.
   Quantize quantize(const Linear& reader, const Buffer& row_scales) const;
   char* input_of(const Linear& reader) const;

@@ -215,6 +215,13 @@ class CudaBackend final : public Backend {
   void gemm(const GemmArgs& args) override {
     on_device([&] { gemm_->run(args, stream()); });
   }
+  void gemm_norm(const GemmArgs& product, const NormArgs& args) override {
+    on_device([&] {
+      if (const auto parts = gemm_->run_in_parts(product, stream())) return cuda::norm(args, *parts, stream());
+      gemm_->run(product, stream());
+      cuda::norm(args, stream());
+    });
+  }
   void rope(const RopeArgs& args) override {
     on_device([&] { cuda::rope(args, stream()); });
   }

@@ -290,17 +290,34 @@ __global__ void __launch_bounds__(kMaxWarps * 32) decode_kernel(Decode args) {
   }
 }
 
-// Weighs the parts of a row that was cut. A block takes one query head of it: parts are dealt to as many sets of
-// threads as there are, each thread with four elements of the head. Blocks are found either by row or, where there are
-// fewer stretches than rows, by the stretch that the row begins in: no more than one of them goes on in the next.
-constexpr int combine_threads(int head_dim) { return std::max(head_dim, 32); }
+// The softmax over some parts of a row, four elements of the head a thread.
+struct Weighed {
+  float best = -INFINITY, mass = 0;
+  float4 sum{};
+
+  __device__ void add(float2 weight, float4 part) {
+    if (weight.y == 0) return;
+    const float top = fmaxf(best, weight.x), shrink = fast_exp2(best - top), grow = fast_exp2(weight.x - top);
+    best = top;
+    mass = mass * shrink + weight.y * grow;
+    sum.x = sum.x * shrink + part.x * grow, sum.y = sum.y * shrink + part.y * grow;
+    sum.z = sum.z * shrink + part.z * grow, sum.w = sum.w * shrink + part.w * grow;
+  }
+};
+
+// Weighs the parts of a row that was cut. A block takes one query head of it: parts are dealt to two sets of threads,
+// each thread with four elements of the head. Blocks are found either by row or, where there are fewer stretches than
+// rows, by the stretch that the row begins in: no more than one of them goes on in the next. They are small: all of
+// them are there, and know their work, when the last blocks of decode_kernel end.
+constexpr int kSets = 2, kPartsAtOnce = 4;
+template <int HeadDim>
+constexpr int kCombineColumns = HeadDim < 128 ? 32 : HeadDim / 4;
 
 template <int HeadDim>
-__global__ void __launch_bounds__(combine_threads(HeadDim)) combine_kernel(Decode args, bool by_stretch) {
-  constexpr int kColumns = HeadDim / 4, kSets = combine_threads(HeadDim) / kColumns;
-  extern __shared__ float2 weights[];  // [parts]
-  uint32_t* before = reinterpret_cast<uint32_t*>(weights + args.stretches);
-  __shared__ float4 sums[kSets][kColumns];
+__global__ void __launch_bounds__(kSets* kCombineColumns<HeadDim>) combine_kernel(Decode args, bool by_stretch) {
+  constexpr int kColumns = kCombineColumns<HeadDim>;
+  extern __shared__ uint32_t before[];
+  __shared__ Weighed others[kColumns];
   allow_next();
   lay_out(args, before);
   const uint32_t tiles = before[args.sequences] * args.kv_heads, length = stretch_length(tiles, args.stretches);
@@ -320,30 +337,31 @@ __global__ void __launch_bounds__(combine_threads(HeadDim)) combine_kernel(Decod
   wait_for_last();
   if (!mine) return;
   const uint32_t group = args.heads / args.kv_heads, parts = last - first + 1;
+  const uint32_t set = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
+  const bool within = column < HeadDim / 4;
   const auto at = [&](uint32_t part) {
     return size_t{2 * (first + part) + (part == 0 && row.row_begin % length != 0 ? 1 : 0)} * group + blockIdx.y;
   };
-  for (uint32_t i = threadIdx.x; i < parts; i += blockDim.x) weights[i] = args.weights[at(i)];
-  __syncthreads();
-  float best = -INFINITY, mass = 0;
-  for (uint32_t i = 0; i < parts; ++i) best = fmaxf(best, weights[i].x);
-  const uint32_t set = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
-  float4 sum{};
-  for (uint32_t i = set; i < parts; i += kSets) {
-    const float weight = fast_exp2(weights[i].x - best);
-    const float4 part = reinterpret_cast<const float4*>(args.partial + at(i) * HeadDim)[column];
-    sum.x += part.x * weight, sum.y += part.y * weight, sum.z += part.z * weight, sum.w += part.w * weight;
+  Weighed mean;
+  for (uint32_t from = set; from < parts; from += kSets * kPartsAtOnce) {
+    float2 weights[kPartsAtOnce];
+    float4 values[kPartsAtOnce];
+#pragma unroll
+    for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
+      const uint32_t part = from + i * kSets;
+      const bool there = part < parts && within;
+      weights[i] = there ? args.weights[at(part)] : float2{};
+      values[i] = there ? reinterpret_cast<const float4*>(args.partial + at(part) * HeadDim)[column] : float4{};
+    }
+#pragma unroll
+    for (int i = 0; i < kPartsAtOnce; ++i) mean.add(weights[i], values[i]);
   }
-  sums[set][column] = sum;
+  if (set > 0) others[column] = mean;
   __syncthreads();
-  if (set > 0) return;
-  for (uint32_t i = 0; i < parts; ++i) mass += weights[i].y * fast_exp2(weights[i].x - best);
-  for (int i = 1; i < kSets; ++i) {
-    const float4 more = sums[i][column];
-    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-  }
+  if (set > 0 || !within) return;
+  mean.add({others[column].best, others[column].mass}, others[column].sum);
   const size_t out = size_t{args.cu_seqlens[row.sequence]} * args.heads + row.head * group + blockIdx.y;
-  args.out.store(out * HeadDim + 4 * column, sum * (out_factor(args, row.head) / mass));
+  args.out.store(out * HeadDim + 4 * column, mean.sum * (out_factor(args, row.head) / mean.mass));
 }
 
 constexpr int kStaticShared = 256;  // bytes that decode_kernel has besides, at most
@@ -373,9 +391,8 @@ void launch(Decode args, const DeviceInfo& device, const Stream& stream) {
   launch_early(stream, blocks, s.warps * 32, s.shared, decode_kernel<HeadDim, Cache>, args);
   const uint32_t group = args.heads / args.kv_heads;
   const uint32_t rows = args.sequences * args.kv_heads;
-  launch_early(stream, dim3(std::min(rows, args.stretches), group), combine_threads(HeadDim),
-               args.stretches * sizeof(float2) + (args.sequences + 1) * sizeof(uint32_t), combine_kernel<HeadDim>, args,
-               rows > args.stretches);
+  launch_early(stream, dim3(std::min(rows, args.stretches), group), kSets * kCombineColumns<HeadDim>,
+               (args.sequences + 1) * sizeof(uint32_t), combine_kernel<HeadDim>, args, rows > args.stretches);
 }
 
 template <int HeadDim>

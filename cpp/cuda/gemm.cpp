@@ -88,6 +88,12 @@ void Gemm::run(GemmArgs args, const Stream& on) {
   if (how == Scaling::behind) scale_product(args, on);
 }
 
+std::optional<ProductParts> Gemm::run_in_parts(const GemmArgs& args, const Stream& on) {
+  if (!skinny_gemm_leaves_parts(args, device_)) return std::nullopt;
+  reserve();
+  return skinny_gemm_in_parts(args, device_, workspace_.get<char>(0), on);
+}
+
 void Gemm::set_scales(Plan& plan, Scaling scaling, const GemmArgs& args, cudaStream_t stream) {
   if (scaling != Scaling::one && scaling != Scaling::rows) return;
   const float* x = args.x_scale.scale != nullptr ? args.x_scale.scale : args.x_scale.row_scales;

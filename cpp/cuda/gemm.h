@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <map>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -32,6 +33,8 @@ class Gemm {
   // library's candidates and keeps the fastest there.
   void search(bool on);
   void run(GemmArgs args, const Stream& stream);
+  // The sums as several blocks leave them, where there is a kernel that does: up to the next product.
+  std::optional<ProductParts> run_in_parts(const GemmArgs& args, const Stream& stream);
 
   // Takes the memory that products need; it is used by one stream at a time.
   void reserve();

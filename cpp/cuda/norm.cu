@@ -3,9 +3,11 @@
 //
 // One block a row; a thread keeps its elements in registers between the two sums, so each byte moves once: 2 bytes of
 // delta and 4 of residual read, 4 and 2 (1 as FP8) written an element. At the few rows of decode it is bound by
-// latency.
+// latency. There delta comes as the parts that a product's blocks have of its sums (product_parts.h), and is added up
+// here: the product need not wait for that.
 #include "cuda/launch.cuh"
 #include "cuda/ops.h"
+#include "cuda/product_parts.cuh"
 #include "cuda/quantize.cuh"
 #include "cuda/vector.cuh"
 
@@ -18,6 +20,7 @@ constexpr uint32_t kVector = 8;
 struct Norm {
   float* residual;
   const bf16_t* delta;
+  ProductParts parts;  // of delta, where it is to be added
   const float* delta_weight;
   const uint32_t* rows;
   const float* weight;
@@ -61,11 +64,69 @@ __device__ void store_fp8(const float (&x)[N][8], const Norm& args, size_t out, 
       *reinterpret_cast<uint2*>(static_cast<uint8_t*>(args.out) + out + column(i)) = narrow_e4m3(x[i], factor);
 }
 
-// Each thread has up to N runs of eight elements; those past the end of the row are zero.
+// A thread's part of a norm's weights, which no kernel writes. At the few rows of decode they are asked for before the
+// kernel before has ended: later they would wait behind all that the next product asks of memory. Of many rows more
+// are computed at once without them in registers.
+template <int N, bool Early>
+class Weights {
+ public:
+  __device__ Weights(const float* weight, uint32_t hidden) : weight_(weight) {
+    if constexpr (Early) {
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        if (weight != nullptr && column(i) < hidden) load8(weight + column(i), early_[i]);
+    }
+  }
+  __device__ void get(int i, float (&to)[8]) const {
+    if constexpr (Early) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) to[j] = early_[i][j];
+    } else {
+      load8(weight_ + column(i), to);
+    }
+  }
+
+ private:
+  const float* weight_;
+  float early_[Early ? N : 1][8] = {};
+};
+
+// The thread's part of delta: what is known of it before the kernel before has ended, then what it is.
+template <int N, bool InParts>
+struct Delta;
+
 template <int N>
+struct Delta<N, false> {
+  __device__ explicit Delta(const Norm&) {}
+  __device__ void load(const Norm& args, float (&to)[N][8]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (column(i) < args.hidden) load8(args.delta + size_t{blockIdx.x} * args.hidden + column(i), to[i]);
+  }
+};
+
+template <int N>
+struct Delta<N, true> {
+  Blocks blocks[N];
+
+  __device__ explicit Delta(const Norm& args) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) blocks[i] = Blocks(args.parts.cut, min(column(i), args.hidden - 1) / kPartRows);
+  }
+  __device__ void load(const Norm& args, float (&to)[N][8]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (column(i) < args.hidden) add_parts(args.parts, blockIdx.x, column(i), blocks[i], to[i]);
+  }
+};
+
+// Each thread has up to N runs of eight elements; those past the end of the row are zero.
+template <int N, bool InParts>
 __global__ void __launch_bounds__(kThreads) norm_kernel(Norm args) {
   __shared__ float partial[32];
   allow_next();
+  const Weights<N, InParts> weights(args.weight, args.hidden), delta_weights(args.delta_weight, args.hidden);
+  const Delta<N, InParts> block_output(args);
   wait_for_last();
   const uint32_t row = args.rows ? args.rows[blockIdx.x] : blockIdx.x;
   float* residual = args.residual + size_t{row} * args.hidden;
@@ -79,18 +140,15 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(Norm args) {
 #pragma unroll
       for (float& value : x[i]) value = 0;
   }
-  if (args.delta) {
+  if (InParts || args.delta) {
     float delta[N][8] = {};
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (column(i) < args.hidden)
-        widen(*reinterpret_cast<const Bf16x8*>(args.delta + size_t{row} * args.hidden + column(i)), delta[i]);
+    block_output.load(args, delta);
     const float inverse = args.delta_weight ? inverse_rms(delta, args.hidden, args.eps, partial) : 1.0f;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if (column(i) >= args.hidden) continue;
       float weight[8] = {};
-      if (args.delta_weight) load8(args.delta_weight + column(i), weight);
+      if (args.delta_weight) delta_weights.get(i, weight);
 #pragma unroll
       for (int j = 0; j < 8; ++j) x[i][j] += args.delta_weight ? delta[i][j] * inverse * (1 + weight[j]) : delta[i][j];
       store8(residual + column(i), x[i]);
@@ -102,34 +160,47 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(Norm args) {
   for (int i = 0; i < N; ++i) {
     if (column(i) >= args.hidden) continue;
     float weight[8];
-    load8(args.weight + column(i), weight);
+    weights.get(i, weight);
 #pragma unroll
     for (int j = 0; j < 8; ++j) x[i][j] *= inverse * (1 + weight[j]);
   }
   const size_t out = size_t{blockIdx.x} * args.hidden;
-  if (args.fp8) return store_fp8(x, args, out, partial);
+  if (args.fp8) {
+    store_fp8(x, args, out, partial);
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < N; ++i)
     if (column(i) < args.hidden)
       *reinterpret_cast<Bf16x8*>(static_cast<bf16_t*>(args.out) + out + column(i)) = narrow(x[i]);
 }
 
-}  // namespace
-
-void norm(const NormArgs& args, const Stream& stream) {
-  const Norm norm{args.residual,     static_cast<const bf16_t*>(args.delta),
-                  args.delta_weight, args.rows,
-                  args.weight,       args.out,
-                  args.hidden,       args.eps,
-                  args.quantize,     static_cast<bool>(args.quantize)};
+template <bool InParts>
+void launch(const NormArgs& args, const ProductParts& parts, const Stream& stream) {
+  const Norm norm{.residual = args.residual,
+                  .delta = static_cast<const bf16_t*>(args.delta),
+                  .parts = parts,
+                  .delta_weight = args.delta_weight,
+                  .rows = args.rows,
+                  .weight = args.weight,
+                  .out = args.out,
+                  .hidden = args.hidden,
+                  .eps = args.eps,
+                  .quantize = args.quantize,
+                  .fp8 = static_cast<bool>(args.quantize)};
   const uint32_t runs = (args.hidden + kThreads * kVector - 1) / (kThreads * kVector);
   switch (runs) {
-    case 1: launch_early(stream, args.tokens, kThreads, 0, norm_kernel<1>, norm); break;
-    case 2: launch_early(stream, args.tokens, kThreads, 0, norm_kernel<2>, norm); break;
-    case 3: launch_early(stream, args.tokens, kThreads, 0, norm_kernel<3>, norm); break;
-    case 4: launch_early(stream, args.tokens, kThreads, 0, norm_kernel<4>, norm); break;
+    case 1: return launch_early(stream, args.tokens, kThreads, 0, norm_kernel<1, InParts>, norm);
+    case 2: return launch_early(stream, args.tokens, kThreads, 0, norm_kernel<2, InParts>, norm);
+    case 3: return launch_early(stream, args.tokens, kThreads, 0, norm_kernel<3, InParts>, norm);
+    case 4: return launch_early(stream, args.tokens, kThreads, 0, norm_kernel<4, InParts>, norm);
     default: throw Error::invalid_argument("hidden_size " + std::to_string(args.hidden) + " is more than 8192");
   }
 }
+
+}  // namespace
+
+void norm(const NormArgs& args, const Stream& stream) { launch<false>(args, {}, stream); }
+void norm(const NormArgs& args, const ProductParts& delta, const Stream& stream) { launch<true>(args, delta, stream); }
 
 }  // namespace gemma_cuda::cuda

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/product_parts.h"
 #include "ops/backend.h"
 
 namespace gemma_cuda::cuda {
@@ -23,6 +24,8 @@ struct Stream {
 
 void embed(const EmbedArgs& args, cudaStream_t stream);
 void norm(const NormArgs& args, const Stream& stream);
+// Its delta is the sum of these parts.
+void norm(const NormArgs& args, const ProductParts& delta, const Stream& stream);
 void rope(const RopeArgs& args, const Stream& stream);
 void geglu(const GegluArgs& args, const Stream& stream);
 void soft_cap(const SoftCapArgs& args, const Stream& stream);

@@ -50,12 +50,22 @@ template <int HeadDim, class Cache>
 __global__ void __launch_bounds__(kWarps * 32) rope_kernel(Rope args) {
   constexpr int kHalf = HeadDim / 2, kPairs = (kHalf + 31) / 32;
   allow_next();
-  wait_for_last();
   const uint32_t token = blockIdx.x, lane = threadIdx.x % 32;
   const uint32_t head = blockIdx.y * kWarps + threadIdx.x / 32;  // queries, then keys, then values
   const uint32_t all = args.heads + 2 * args.kv_heads;
   const bool query = head < args.heads, value = head >= args.heads + args.kv_heads;
-  if (head >= all || (!query && args.slots[token] == kNoSlot)) return;
+  if (head >= all || (!query && args.slots[token] == kNoSlot)) return wait_for_last();
+  // Angles come of tables, which are older than the kernel before: they are computed while that one ends.
+  float sine[kPairs], cosine[kPairs];
+  if (!value) {
+    const float position = static_cast<float>(args.positions[token]);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const uint32_t at = i * 32 + lane;
+      sincosf(at < kHalf ? position * args.inverse_frequency[at] : 0, &sine[i], &cosine[i]);
+    }
+  }
+  wait_for_last();
   const bf16_t* in = args.qkv + (size_t{token} * all + head) * HeadDim;
 
   float low[kPairs], high[kPairs];
@@ -79,14 +89,10 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kernel(Rope args) {
         high[i] *= inverse * (1 + weight[at + kHalf]);
       }
     }
-    const float position = static_cast<float>(args.positions[token]);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const uint32_t at = i * 32 + lane;
-      float sine, cosine;
-      sincosf(at < kHalf ? position * args.inverse_frequency[at] : 0, &sine, &cosine);
-      const float rotated = low[i] * cosine - high[i] * sine;
-      high[i] = high[i] * cosine + low[i] * sine;
+      const float rotated = low[i] * cosine[i] - high[i] * sine[i];
+      high[i] = high[i] * cosine[i] + low[i] * sine[i];
       low[i] = rotated;
     }
   }

@@ -3,17 +3,20 @@
 // instruction that needs x to after the last product.
 //
 // Operands are swapped: 64 rows of w are the fixed side of a warpgroup's product, the tokens its flexible one, so few
-// tokens cost little. A block multiplies tiles of 128 rows of w, two warpgroups of 64 each. A thread of a ninth warp
-// brings w and x in slots of 128 bytes of a row by tensor copies to a ring of as many slots as shared memory holds;
-// barriers tell the products which slot is full and the copies which is empty again. The weights depend on no kernel:
-// the ring is full of them before the kernel before has ended (programmatic dependent launch).
+// tokens cost little. A block multiplies tiles of 128 rows of w, two warpgroups of 64 each. Two more threads bring w
+// and x in slots of 128 bytes of a row by tensor copies to a ring of as many slots as shared memory holds; barriers
+// tell the products which slot is full and the copies which is empty again. The weights depend on no kernel: the ring
+// is full of them before the kernel before has ended (programmatic dependent launch). But few slots are asked for at a
+// time, 8 MB by all blocks, and half of that as long as other kernels still run: what else is waiting in the memory's
+// queues makes their last small accesses slow, on which everything waits.
 //
 // As many tiles as there are multiprocessors, or a multiple, are computed whole, one block each. The slots of the
 // others, in order, are cut into one even run a block, which it takes first (stream-K), so that no multiprocessor is
 // ever idle whatever n is. A tile that is cut is summed by the block that comes to its end last: the others have left
 // their parts of the sum in global memory, which the L2 cache holds, and it adds all of them in the order of k. So the
 // result does not depend on which block that was, nor on the number of tokens: a token's results are the same in every
-// batch. No block waits for another, which a GPU shared with other work might never start.
+// batch. No block waits for another, which a GPU shared with other work might never start. Where a norm reads the
+// result, all parts are left to it (ProductParts), to add them in the same order: that takes it 1 us, a block 3 to 5.
 //
 // Reaches, on an H100, for the products of gemma-7b one after the other with a small kernel between (us; TB/s):
 //            q, k, v (75 MB)   attention's output (25 MB)   gate and up (302 MB)   down (151 MB)
@@ -33,6 +36,7 @@
 #include "cuda/barrier.cuh"
 #include "cuda/check.h"
 #include "cuda/launch.cuh"
+#include "cuda/product_parts.cuh"
 #include "cuda/skinny_gemm.h"
 #include "cuda/tensor_copy.cuh"
 #include "cuda/tensor_map.h"
@@ -43,13 +47,15 @@ namespace {
 
 constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr int kGroups = 2;   // that multiply
-constexpr int kThreads = kGroups * kGroup + 32;
+constexpr int kThreads = kGroups * kGroup + 64;
 constexpr uint32_t kGroupRows = 64;  // of w, for each
 constexpr uint32_t kTileRows = kGroups * kGroupRows;
+static_assert(kTileRows == kPartRows);
 constexpr uint32_t kRowBytes = 128;  // of a slot
 constexpr uint32_t kWeightBytes = kTileRows * kRowBytes;
 constexpr uint32_t kRingBytes = 208 << 10;  // leaves the kernels beside it some
 constexpr uint32_t kMaxSlots = 16;
+constexpr uint32_t kUnderWay = 4, kUnderWayEarly = 2;  // slots asked for at once: else, and before x is there
 constexpr uint32_t kLeastSlots = 8;  // in a block's part of a tile: fewer take less time than joining another part
 
 template <int Tokens>
@@ -68,9 +74,9 @@ struct SkinnyGemm {
   bool one_x_scale;
   bool fresh;  // the kernel before has written w
   uint32_t tokens, n;
-  uint32_t depth;      // slots of a tile
-  uint32_t cut_tiles;  // they come first
-  uint32_t whole;      // tiles a block computes whole
+  Cut cut;             // of the first tiles
+  uint32_t whole;      // tiles a block computes whole, after those
+  bool leave_parts;    // as ProductParts, also of tiles that only one block has; none are whole then
   float4* partials;    // [block][its first tile, its last][Tokens / 8][kGroups * kGroup]
   uint32_t* arrivals;  // [tile][group]
 };
@@ -78,46 +84,59 @@ struct SkinnyGemm {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 struct Barriers {
-  Barrier full[kMaxSlots], empty[kMaxSlots];
+  Barrier weights[kMaxSlots], x[kMaxSlots], empty[kMaxSlots];
+  volatile bool begun;  // the kernel before has ended
 };
 
-// The slots of cut tiles that a block has: from its first to the next block's.
-__device__ inline uint32_t first_slot(const SkinnyGemm& args, uint32_t block) {
-  return static_cast<uint32_t>(uint64_t{block} * args.cut_tiles * args.depth / gridDim.x);
-}
-__device__ inline uint32_t block_of(const SkinnyGemm& args, uint32_t slot) {
-  return static_cast<uint32_t>(((uint64_t{slot} + 1) * gridDim.x - 1) / (args.cut_tiles * args.depth));
-}
 __device__ inline uint32_t whole_tile(const SkinnyGemm& args, uint32_t i) {
-  return args.cut_tiles + i * gridDim.x + blockIdx.x;
+  return args.cut.tiles + i * gridDim.x + blockIdx.x;
+}
+
+// The slots of a block, in the order in which it multiplies them.
+template <class Type>
+class Slots {
+ public:
+  __device__ explicit Slots(const SkinnyGemm& args)
+      : args_(args), begin_(first_slot(args.cut, blockIdx.x)), cut_(first_slot(args.cut, blockIdx.x + 1) - begin_) {}
+  __device__ uint32_t count() const { return cut_ + args_.whole * args_.cut.depth; }
+  __device__ uint32_t row(uint32_t i) const {
+    return kTileRows * (i < cut_ ? (begin_ + i) / args_.cut.depth : whole_tile(args_, (i - cut_) / args_.cut.depth));
+  }
+  __device__ uint32_t column(uint32_t i) const {
+    return kSlotColumns<Type> * ((i < cut_ ? begin_ + i : i - cut_) % args_.cut.depth);
+  }
+
+ private:
+  const SkinnyGemm& args_;
+  uint32_t begin_, cut_;
+};
+
+// Never more of w is asked for and not there yet than keeps the memory busy. More would only wait in its queues, and
+// behind it everybody's small accesses: of those the kernels before, which this one waits for, consist at their ends.
+template <int Tokens, class Type>
+__device__ void bring_weights(const SkinnyGemm& args, const CUtensorMap& w, uint32_t ring, Barriers& barriers) {
+  const Slots<Type> slots(args);
+  for (uint32_t i = 0; i < slots.count(); ++i) {
+    const uint32_t slot = i % kSlots<Tokens>;
+    if (i >= kSlots<Tokens>) wait(barriers.empty[slot], i / kSlots<Tokens> % 2 ^ 1);
+    const uint32_t most = barriers.begun ? kUnderWay : kUnderWayEarly;
+    if (i >= most) wait(barriers.weights[(i - most) % kSlots<Tokens>], (i - most) / kSlots<Tokens> % 2);
+    arrive_expecting(barriers.weights[slot], kWeightBytes);
+    copy_box(ring + slot * kSlotBytes<Tokens>, w, slots.row(i), slots.column(i), barriers.weights[slot],
+             kEvictFirst);  // read once; x by every block
+  }
 }
 
 template <int Tokens, class Type>
-__device__ void produce(const SkinnyGemm& args, const CUtensorMap& w, const CUtensorMap& x, uint32_t ring,
-                        Barriers& barriers) {
-  const uint32_t begin = first_slot(args, blockIdx.x), cut = first_slot(args, blockIdx.x + 1) - begin,
-                 count = cut + args.whole * args.depth;
-  auto row = [&](uint32_t i) {
-    return kTileRows * (i < cut ? (begin + i) / args.depth : whole_tile(args, (i - cut) / args.depth));
-  };
-  auto column = [&](uint32_t i) { return kSlotColumns<Type> * ((i < cut ? begin + i : i - cut) % args.depth); };
-  auto at = [&](uint32_t i) { return ring + i % kSlots<Tokens> * kSlotBytes<Tokens>; };
-  auto bring_weights = [&](uint32_t i) {
-    Barrier& full = barriers.full[i % kSlots<Tokens>];
-    arrive_expecting(full, kSlotBytes<Tokens>);
-    copy_box(at(i), w, row(i), column(i), full, kEvictFirst);  // read once; x by every block
-  };
-  auto bring_x = [&](uint32_t i) {
-    copy_box(at(i) + kWeightBytes, x, 0, column(i), barriers.full[i % kSlots<Tokens>], kEvictLast);
-  };
-  const uint32_t early = min(count, kSlots<Tokens>);
-  for (uint32_t i = 0; i < early; ++i) bring_weights(i);
+__device__ void bring_x(const SkinnyGemm& args, const CUtensorMap& x, uint32_t ring, Barriers& barriers) {
+  const Slots<Type> slots(args);
   wait_for_last();
-  for (uint32_t i = 0; i < early; ++i) bring_x(i);
-  for (uint32_t i = early; i < count; ++i) {
-    wait(barriers.empty[i % kSlots<Tokens>], i / kSlots<Tokens> % 2 ^ 1);
-    bring_weights(i);
-    bring_x(i);
+  barriers.begun = true;
+  for (uint32_t i = 0; i < slots.count(); ++i) {
+    const uint32_t slot = i % kSlots<Tokens>;
+    if (i >= kSlots<Tokens>) wait(barriers.empty[slot], i / kSlots<Tokens> % 2 ^ 1);
+    arrive_expecting(barriers.x[slot], kSlotBytes<Tokens> - kWeightBytes);
+    copy_box(ring + slot * kSlotBytes<Tokens> + kWeightBytes, x, 0, slots.column(i), barriers.x[slot], kEvictLast);
   }
 }
 
@@ -150,10 +169,10 @@ __device__ inline uint32_t add_acquire_release(uint32_t& to) {
 // that is this block; `sums` is then the whole.
 template <int N>
 __device__ bool join_parts(float (&sums)[N][4], const SkinnyGemm& args, uint32_t tile, int group) {
-  const uint32_t first_block = block_of(args, tile * args.depth),
-                 last_block = block_of(args, (tile + 1) * args.depth - 1), others = last_block - first_block;
+  const Blocks blocks(args.cut, tile);
+  const uint32_t others = blocks.last - blocks.first;
   const auto part = [&](uint32_t block) {
-    return args.partials + (size_t{block} * 2 + (block == first_block)) * N * kGroups * kGroup + threadIdx.x;
+    return args.partials + size_t{blocks.place(block)} * N * kGroups * kGroup + threadIdx.x;
   };
   uint32_t& arrived = args.arrivals[tile * kGroups + group];
   const bool one = threadIdx.x % kGroup == 0;
@@ -169,20 +188,27 @@ __device__ bool join_parts(float (&sums)[N][4], const SkinnyGemm& args, uint32_t
   }
   if (!complete) return false;
   if (one) arrived = 0;
+  // As many parts at once as registers hold: one by one each would take the way to the L2 cache and back.
+  constexpr int kAtOnce = N <= 2 ? 8 : 16 / N;
   float total[N][4] = {};
-  for (uint32_t block = first_block; block <= last_block; ++block) {
-    float4 more[N];  // all of them asked for before the first is needed
+  for (uint32_t first = blocks.first; first <= blocks.last; first += kAtOnce) {
+    float4 more[kAtOnce][N];
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      more[i] = block == blockIdx.x ? make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3])
-                                    : __ldcg(part(block) + i * kGroups * kGroup);
+    for (int b = 0; b < kAtOnce; ++b)
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      total[i][0] += more[i].x;
-      total[i][1] += more[i].y;
-      total[i][2] += more[i].z;
-      total[i][3] += more[i].w;
-    }
+      for (int i = 0; i < N; ++i)
+        more[b][i] = first + b > blocks.last   ? make_float4(0, 0, 0, 0)
+                     : first + b == blockIdx.x ? make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3])
+                                               : __ldcg(part(first + b) + i * kGroups * kGroup);
+#pragma unroll
+    for (int b = 0; b < kAtOnce; ++b)
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        total[i][0] += more[b][i].x;
+        total[i][1] += more[b][i].y;
+        total[i][2] += more[b][i].z;
+        total[i][3] += more[b][i].w;
+      }
   }
 #pragma unroll
   for (int i = 0; i < N; ++i)
@@ -233,6 +259,21 @@ __device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, uint32_
     }
 }
 
+// This block's part of a tile, for others to add (ProductParts).
+template <int N>
+__device__ void leave_part(const float (&sums)[N][4], const SkinnyGemm& args, uint32_t tile) {
+  const uint32_t lane = threadIdx.x % 32, place = Blocks(args.cut, tile).place(blockIdx.x);
+  float* to =
+      reinterpret_cast<float*>(args.partials) + size_t{place} * 8 * N * kTileRows + threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const uint32_t token = 8 * i + lane % 4 * 2 + e % 2;
+      if (token < args.tokens) __stcg(to + token * kTileRows + e / 2 * 8, sums[i][e]);
+    }
+}
+
 // Sums of E4M3 are added up outside the tensor cores, which would not keep them in full, every slot.
 template <int N>
 __device__ void add(float (&sums)[N][4], const float (&more)[N][4]) {
@@ -245,14 +286,15 @@ __device__ void add(float (&sums)[N][4], const float (&more)[N][4]) {
 template <int Tokens, class Type>
 __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barriers) {
   const int group = threadIdx.x / kGroup, lane = threadIdx.x % 32;
-  const uint32_t begin = first_slot(args, blockIdx.x), end = first_slot(args, blockIdx.x + 1);
+  const uint32_t begin = first_slot(args.cut, blockIdx.x), end = first_slot(args.cut, blockIdx.x + 1);
   auto free = [&](uint32_t slot) {
     if (lane == 0) arrive(barriers.empty[slot]);
   };
   uint32_t slot = 0, parity = 0;
   float sums[Tokens / 8][4];
   auto start_slot = [&](float(&to)[Tokens / 8][4], bool keep) {
-    wait(barriers.full[slot], parity);
+    wait(barriers.weights[slot], parity);
+    wait(barriers.x[slot], parity);
     const uint32_t weights = ring + slot * kSlotBytes<Tokens>, x = weights + kWeightBytes;
     begin_products();
 #pragma unroll
@@ -268,14 +310,28 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
     if constexpr (std::is_same_v<Type, E4m3>) {
 #pragma unroll
       for (auto& fragment : sums) fragment[0] = fragment[1] = fragment[2] = fragment[3] = 0;
-      for (uint32_t i = 0; i < count; ++i) {
-        float part[Tokens / 8][4];
-        start_slot(part, false);
-        wait_products<0>();
+      auto finish = [&](float(&part)[Tokens / 8][4], uint32_t from) {
         pin(part);
-        free(slot);
+        free(from);
         add(sums, part);
+      };
+      for (uint32_t i = 0; i < count; i += 2) {  // two at once: one is added while the other is multiplied
+        float part[2][Tokens / 8][4];
+        const uint32_t first = slot;
+        start_slot(part[0], false);
         next_slot();
+        if (i + 1 < count) {
+          const uint32_t second = slot;
+          start_slot(part[1], false);
+          next_slot();
+          wait_products<1>();
+          finish(part[0], first);
+          wait_products<0>();
+          finish(part[1], second);
+        } else {
+          wait_products<0>();
+          finish(part[0], first);
+        }
       }
     } else {
       for (uint32_t i = 0; i < count; ++i) {
@@ -290,10 +346,12 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
     }
   };
   for (uint32_t at = begin; at < end;) {
-    const uint32_t tile = at / args.depth, count = min((tile + 1) * args.depth, end) - at;
+    const uint32_t tile = at / args.cut.depth, count = min((tile + 1) * args.cut.depth, end) - at;
     const Scales scales(args, tile);
     add_slots(count);
-    if (count == args.depth || join_parts(sums, args, tile, group)) {
+    if (args.leave_parts) {
+      leave_part(sums, args, tile);
+    } else if (count == args.cut.depth || join_parts(sums, args, tile, group)) {
       scales.apply(sums, args);
       store(sums, args, tile);
     }
@@ -302,7 +360,7 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
   for (uint32_t i = 0; i < args.whole; ++i) {
     const uint32_t tile = whole_tile(args, i);
     const Scales scales(args, tile);
-    add_slots(args.depth);
+    add_slots(args.cut.depth);
     scales.apply(sums, args);
     store(sums, args, tile);
   }
@@ -320,9 +378,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t ring = (shared_address(memory) + 1023) / 1024 * 1024;
   if (threadIdx.x == 0) {
     for (uint32_t slot = 0; slot < kSlots<Tokens>; ++slot) {
-      init(barriers.full[slot], 1);
+      init(barriers.weights[slot], 1);
+      init(barriers.x[slot], 1);
       init(barriers.empty[slot], kGroups * kGroup / 32);
     }
+    barriers.begun = false;
     publish_barriers();
   }
   __syncthreads();
@@ -330,7 +390,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x < kGroups * kGroup)
     consume<Tokens, Type>(args, ring, barriers);
   else if (threadIdx.x == kGroups * kGroup)
-    produce<Tokens, Type>(args, w, x, ring, barriers);
+    bring_weights<Tokens, Type>(args, w, ring, barriers);
+  else if (threadIdx.x == kGroups * kGroup + 32)
+    bring_x<Tokens, Type>(args, x, ring, barriers);
 #endif
 }
 
@@ -342,7 +404,8 @@ bool compiled() {
 uint32_t tiles(const GemmArgs& args) { return (args.w.rows + kTileRows - 1) / kTileRows; }
 
 template <int Tokens, class Type>
-void launch(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals, const Stream& stream) {
+ProductParts launch(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals,
+                    bool leave_parts, const Stream& stream) {
   SkinnyGemm work{};
   work.out = args.out;
   work.wide = args.out_dtype == DType::f32;
@@ -352,30 +415,40 @@ void launch(const GemmArgs& args, const DeviceInfo& device, void* partials, uint
   work.fresh = args.w.fresh;
   work.tokens = args.tokens;
   work.n = args.w.rows;
-  work.depth = (args.w.cols + kSlotColumns<Type> - 1) / kSlotColumns<Type>;
+  work.cut.depth = (args.w.cols + kSlotColumns<Type> - 1) / kSlotColumns<Type>;
   work.partials = static_cast<float4*>(partials);
   work.arrivals = arrivals;
-  const uint32_t blocks =
-      std::min<uint32_t>(device.multiprocessors, tiles(args) * std::max(1u, work.depth / kLeastSlots));
-  // Fewer cut tiles than half the blocks would be in too many parts each.
-  work.whole = tiles(args) / blocks;
-  if (work.whole > 0 && tiles(args) % blocks < blocks / 2) --work.whole;
-  work.cut_tiles = tiles(args) - work.whole * blocks;
+  const uint32_t blocks = work.cut.blocks =
+      std::min<uint32_t>(device.multiprocessors, tiles(args) * std::max(1u, work.cut.depth / kLeastSlots));
+  if (!leave_parts) {
+    // Fewer cut tiles than half the blocks would be in too many parts each.
+    work.whole = tiles(args) / blocks;
+    if (work.whole > 0 && tiles(args) % blocks < blocks / 2) --work.whole;
+  }
+  work.cut.tiles = tiles(args) - work.whole * blocks;
+  work.leave_parts = leave_parts;
   constexpr uint32_t kBytes = kSlots<Tokens> * kSlotBytes<Tokens> + 1024;  // to begin at a multiple of it
   const auto kernel = skinny_gemm_kernel<Tokens, Type>;
   allow_shared(kernel, kBytes);
   launch_early(stream, blocks, kThreads, kBytes, kernel,
                tensor_map(args.w.data, args.w.dtype, args.w.rows, args.w.cols, kTileRows),
                tensor_map(args.x, args.w.dtype, args.tokens, args.w.cols, Tokens), work);
+  return {.cut = work.cut,
+          .sums = static_cast<const float*>(partials),
+          .capacity = Tokens,
+          .w_scales = work.w_scales,
+          .x_scales = work.x_scales,
+          .one_x_scale = work.one_x_scale};
 }
 
 template <class Type>
-void launch(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals, const Stream& stream) {
+ProductParts launch(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals,
+                    bool leave_parts, const Stream& stream) {
   const auto run = args.tokens <= 8    ? launch<8, Type>
                    : args.tokens <= 16 ? launch<16, Type>
                    : args.tokens <= 32 ? launch<32, Type>
                                        : launch<64, Type>;
-  run(args, device, partials, arrivals, stream);
+  return run(args, device, partials, arrivals, leave_parts, stream);
 }
 
 }  // namespace
@@ -389,8 +462,19 @@ bool skinny_gemm_fits(const GemmArgs& args, const DeviceInfo& device) {
 
 void skinny_gemm(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals,
                  const Stream& stream) {
-  args.w.dtype == DType::e4m3 ? launch<E4m3>(args, device, partials, arrivals, stream)
-                              : launch<Bf16>(args, device, partials, arrivals, stream);
+  const auto run = args.w.dtype == DType::e4m3 ? launch<E4m3> : launch<Bf16>;
+  run(args, device, partials, arrivals, false, stream);
+}
+
+bool skinny_gemm_leaves_parts(const GemmArgs& args, const DeviceInfo& device) {
+  return skinny_gemm_fits(args, device) && tiles(args) < static_cast<uint32_t>(device.multiprocessors) &&
+         args.w.rows % 8 == 0 && args.out_dtype == DType::bf16 && aligned(args.w.scales);
+}
+
+ProductParts skinny_gemm_in_parts(const GemmArgs& args, const DeviceInfo& device, void* partials,
+                                  const Stream& stream) {
+  const auto run = args.w.dtype == DType::e4m3 ? launch<E4m3> : launch<Bf16>;
+  return run(args, device, partials, nullptr, true, stream);
 }
 
 size_t skinny_partial_bytes(const DeviceInfo& device) {

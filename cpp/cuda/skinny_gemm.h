@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "cuda/ops.h"
+#include "cuda/product_parts.h"
 
 namespace gemma_cuda::cuda {
 
@@ -16,6 +17,9 @@ bool skinny_gemm_fits(const GemmArgs& args, const DeviceInfo& device);
 // again afterwards. Both are used by one stream at a time.
 void skinny_gemm(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals,
                  const Stream& stream);
+// The same, but its sums stay in `partials`, as long as they are not used for anything else, for norm() to add.
+bool skinny_gemm_leaves_parts(const GemmArgs& args, const DeviceInfo& device);
+ProductParts skinny_gemm_in_parts(const GemmArgs& args, const DeviceInfo& device, void* partials, const Stream& stream);
 size_t skinny_partial_bytes(const DeviceInfo& device);
 constexpr size_t kSkinnyArrivalBytes = size_t{64} << 10;
 

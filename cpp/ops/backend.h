@@ -280,6 +280,11 @@ class Backend {
   virtual void rope(const RopeArgs& args) = 0;
   virtual void attention(const AttentionArgs& args) = 0;
   virtual void geglu(const GegluArgs& args) = 0;
+  // By gemm() and norm(), whose delta `product` is, unless a backend can do better: then it has no use for its memory.
+  virtual void gemm_norm(const GemmArgs& product, const NormArgs& norm) {
+    gemm(product);
+    this->norm(norm);
+  }
   // By gemm() and geglu(), unless a backend can do better: then it has no use for gate_up.
   virtual bool fuses_gated_gemm(const GatedGemmArgs&) const { return false; }
   virtual void gated_gemm(const GatedGemmArgs& args) {

@@ -72,6 +72,36 @@ class Products : public Suite {
     }
   }
 
+  // A norm of a product's sums, wherever they are: the same to the bit as of the product, in bf16 or quantized.
+  template <class T>
+  void gemm_norm(uint32_t t, uint32_t hidden, uint32_t k, bool post, bool last) {
+    constexpr bool kFp8 = std::is_same_v<T, e4m3>;
+    auto x = elements<T>(size_t{t} * k), w = elements<T>(size_t{hidden} * k);
+    auto w_scales = scales(hidden), x_scales = scales(t);
+    auto residual = both(test::normal(size_t{t} * hidden, 3)), apart = both(residual.host);
+    auto weight = both(test::normal(hidden, 0.3f)), delta_weight = both(test::normal(hidden, 0.3f));
+    auto delta = poisoned(size_t{t} * hidden), out = poisoned(size_t{t} * hidden),
+         out_apart = poisoned(size_t{t} * hidden);
+    GemmArgs product{x.gpu(), {w.gpu(), kFp8 ? DType::e4m3 : DType::bf16, hidden, k}, delta.gpu(), DType::bf16, t};
+    if (kFp8) product.w.scales = w_scales.gpu(), product.x_scale.row_scales = x_scales.gpu();
+    NormArgs norm{.residual = residual.gpu(),
+                  .delta = delta.gpu(),
+                  .delta_weight = post ? delta_weight.gpu() : nullptr,
+                  .weight = last ? nullptr : weight.gpu(),
+                  .out = out.gpu(),
+                  .tokens = t,
+                  .hidden = hidden,
+                  .eps = 1e-6f};
+    gpu_->gemm_norm(product, norm);
+    norm.residual = apart.gpu(), norm.out = out_apart.gpu();
+    gpu_->gemm(product);
+    gpu_->norm(norm);
+    CHECK(download(residual) == download(apart));
+    CHECK(std::memcmp(download(out).data(), download(out_apart).data(), out.host.size() * sizeof(bf16)) == 0);
+    CHECK(std::isnan(to_float(download(out)[0])) == last);
+    CHECK(download(residual) != residual.host);
+  }
+
   // The gated product, fused or not, from the reference's products in float32. Fused it is rounded once.
   template <class T>
   void gated_gemm(uint32_t t, uint32_t ffn, uint32_t k) {
@@ -197,6 +227,12 @@ class Products : public Suite {
     skinny_gemm<T>(m.hidden, m.ffn);
     skinny_gemm<T>(qkv + 8, m.hidden);
     skinny_gemm<T>(m.vocab / 8 + 1, m.hidden);
+    for (uint32_t t : {1u, 7u, 16u, 31u, 64u, 70u}) {
+      gemm_norm<T>(t, m.hidden, m.ffn, t % 2 == 0, t == 31);
+      gemm_norm<T>(t, m.hidden, m.hidden, m.post_norms, false);
+    }
+    gemm_norm<T>(5, 96, 64, false, false);   // a tile, which one block has
+    gemm_norm<T>(5, 640, 256, true, false);  // some, which a block each has
     gated_gemm<T>(5, m.ffn, m.hidden);
     for (uint32_t t : {1u, 64u, 200u}) gated_gemm<T>(t, 264, m.hidden);
     for (uint32_t t : {65u, 200u, 1100u}) gated_gemm<T>(t, 256, std::max(m.hidden, 640u));

@@ -1,0 +1,61 @@
+// Who has which part of a product, and their sum (product_parts.h).
+#pragma once
+
+#include "cuda/product_parts.h"
+#include "cuda/vector.cuh"
+
+namespace gemma_cuda::cuda {
+
+__device__ inline uint32_t first_slot(const Cut& cut, uint32_t block) {
+  return static_cast<uint32_t>(uint64_t{block} * cut.tiles * cut.depth / cut.blocks);
+}
+__device__ inline uint32_t block_of(const Cut& cut, uint32_t slot) {
+  return static_cast<uint32_t>(((uint64_t{slot} + 1) * cut.blocks - 1) / (cut.tiles * cut.depth));
+}
+
+// The blocks that have a part of a tile.
+struct Blocks {
+  uint32_t first = 0, last = 0;
+
+  Blocks() = default;
+  __device__ Blocks(const Cut& cut, uint32_t tile)
+      : first(block_of(cut, tile * cut.depth)), last(block_of(cut, (tile + 1) * cut.depth - 1)) {}
+  // Where one of them leaves it.
+  __device__ uint32_t place(uint32_t block) const { return block * 2 + (block == first); }
+};
+
+// Eight neighbours of a row of the product: the parts that these blocks have, added in the order of k, with their
+// scales, and rounded to bf16 as a product's output is.
+__device__ inline void add_parts(const ProductParts& parts, uint32_t token, uint32_t column, const Blocks& blocks,
+                                 float (&out)[8]) {
+  constexpr uint32_t kAtOnce = 8;  // asked for before the first is needed
+  const float* from = parts.sums + size_t{token} * kPartRows + column % kPartRows;
+#pragma unroll
+  for (float& x : out) x = 0;
+  for (uint32_t block = blocks.first; block <= blocks.last; block += kAtOnce) {
+    float4 part[kAtOnce][2] = {};
+#pragma unroll
+    for (uint32_t i = 0; i < kAtOnce; ++i) {
+      if (block + i > blocks.last) continue;
+      const float* at = from + size_t{blocks.place(block + i)} * parts.capacity * kPartRows;
+      part[i][0] = __ldcg(reinterpret_cast<const float4*>(at));
+      part[i][1] = __ldcg(reinterpret_cast<const float4*>(at + 4));
+    }
+#pragma unroll
+    for (const auto& [low, high] : part) {
+      out[0] += low.x, out[1] += low.y, out[2] += low.z, out[3] += low.w;
+      out[4] += high.x, out[5] += high.y, out[6] += high.z, out[7] += high.w;
+    }
+  }
+  if (parts.w_scales != nullptr) {
+    float w[8];
+    load8(parts.w_scales + column, w);
+    const float x = parts.x_scales[parts.one_x_scale ? 0 : token];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) out[j] *= w[j] * x;
+  }
+#pragma unroll
+  for (float& x : out) x = __bfloat162float(__float2bfloat16_rn(x));
+}
+
+}  // namespace gemma_cuda::cuda
