@@ -38,4 +38,14 @@ __device__ inline void wait(Barrier& barrier, uint32_t parity) {
       : "memory");
 }
 
+// Whether the phase is over, without waiting.
+__device__ inline bool is_over(Barrier& barrier, uint32_t parity) {
+  uint32_t over;
+  asm volatile("{.reg .pred over; mbarrier.test_wait.parity.shared::cta.b64 over, [%1], %2; selp.b32 %0, 1, 0, over;}"
+               : "=r"(over)
+               : "r"(shared_address(&barrier)), "r"(parity)
+               : "memory");
+  return over;
+}
+
 }  // namespace gemma_cuda::cuda

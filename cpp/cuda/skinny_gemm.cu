@@ -85,7 +85,7 @@ struct SkinnyGemm {
 
 struct Barriers {
   Barrier weights[kMaxSlots], x[kMaxSlots], empty[kMaxSlots];
-  volatile bool begun;  // the kernel before has ended
+  Barrier begun;  // over when the kernel before has ended
 };
 
 __device__ inline uint32_t whole_tile(const SkinnyGemm& args, uint32_t i) {
@@ -119,7 +119,7 @@ __device__ void bring_weights(const SkinnyGemm& args, const CUtensorMap& w, uint
   for (uint32_t i = 0; i < slots.count(); ++i) {
     const uint32_t slot = i % kSlots<Tokens>;
     if (i >= kSlots<Tokens>) wait(barriers.empty[slot], i / kSlots<Tokens> % 2 ^ 1);
-    const uint32_t most = barriers.begun ? kUnderWay : kUnderWayEarly;
+    const uint32_t most = is_over(barriers.begun, 0) ? kUnderWay : kUnderWayEarly;
     if (i >= most) wait(barriers.weights[(i - most) % kSlots<Tokens>], (i - most) / kSlots<Tokens> % 2);
     arrive_expecting(barriers.weights[slot], kWeightBytes);
     copy_box(ring + slot * kSlotBytes<Tokens>, w, slots.row(i), slots.column(i), barriers.weights[slot],
@@ -131,7 +131,7 @@ template <int Tokens, class Type>
 __device__ void bring_x(const SkinnyGemm& args, const CUtensorMap& x, uint32_t ring, Barriers& barriers) {
   const Slots<Type> slots(args);
   wait_for_last();
-  barriers.begun = true;
+  arrive(barriers.begun);
   for (uint32_t i = 0; i < slots.count(); ++i) {
     const uint32_t slot = i % kSlots<Tokens>;
     if (i >= kSlots<Tokens>) wait(barriers.empty[slot], i / kSlots<Tokens> % 2 ^ 1);
@@ -382,7 +382,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       init(barriers.x[slot], 1);
       init(barriers.empty[slot], kGroups * kGroup / 32);
     }
-    barriers.begun = false;
+    init(barriers.begun, 1);
     publish_barriers();
   }
   __syncthreads();
