@@ -18,8 +18,9 @@ use super::job::Job;
 use crate::engine::{EngineStatistics, ItemOutput, SamplingConfig, StepItem};
 use crate::{Error, Result};
 
-/// For all prompts of a step, where the budget has as many: so few cost hardly more than fewer.
-const LEAST_PROMPT_TOKENS: usize = 128;
+/// Tokens of a step with prompts, where the budget and the prompts have as many: products take 128 at a time, and two
+/// times that cost hardly more than less.
+const LEAST_TOKENS: usize = 256;
 
 /// What the scheduler needs of an engine; the contract is that of [`crate::bridge`].
 pub(crate) trait Core {
@@ -357,7 +358,7 @@ impl<E: Core> Scheduler<E> {
     /// Tokens that the prompts of a step may take beside those who need a single one.
     fn tokens_for_prompts(&self, single: usize, prompts: usize) -> usize {
         let share = self.limits.max_batch_tokens * prompts / (single + prompts).max(1);
-        share.max(LEAST_PROMPT_TOKENS)
+        share.max(LEAST_TOKENS.saturating_sub(single)).max(1)
     }
 
     /// As many of the sequence's next tokens as the budget allows, which it reduces.
