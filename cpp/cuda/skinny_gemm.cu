@@ -55,7 +55,6 @@ constexpr uint32_t kRowBytes = 128;  // of a slot
 constexpr uint32_t kWeightBytes = kTileRows * kRowBytes;
 constexpr uint32_t kRingBytes = 208 << 10;  // leaves the kernels beside it some
 constexpr uint32_t kMaxSlots = 16;
-constexpr uint32_t kUnderWay = 4, kUnderWayEarly = 2;  // slots asked for at once: else, and before x is there
 constexpr uint32_t kLeastSlots = 8;  // in a block's part of a tile: fewer take less time than joining another part
 
 template <int Tokens>
@@ -82,6 +81,8 @@ struct SkinnyGemm {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+constexpr uint32_t kUnderWay = 4, kUnderWayEarly = 2;  // slots asked for at once: else, and before x is there
 
 struct Barriers {
   Barrier weights[kMaxSlots], x[kMaxSlots], empty[kMaxSlots];
