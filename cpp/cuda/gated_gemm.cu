@@ -5,9 +5,9 @@
 // same columns of out. A thread has both of the same token and column, so what it needs for the result is in its
 // registers.
 //
-// Reaches, on an H100 for gemma-7b's 3072 to 24576, 20 times back to back: 8192 tokens in bf16 3412 us, 725 TFLOP/s (by
-// cuBLASLt's product, 3397, and a kernel for GeGLU 3845), in FP8 1934 us, 1279 TFLOP/s (2018); 256 tokens 132 us (157)
-// and 73 (86), 128 tokens 112 (127) and 59 (70). At 384 and 1024 tokens it is about as fast as those two.
+// Reaches, on an H100 for gemma-7b's 3072 to 24576, 20 times back to back: 8192 tokens in bf16 3334 us, 742 TFLOP/s (by
+// cuBLASLt's product, 3397, and a kernel for GeGLU 3845), in FP8 1758 us, 1407 TFLOP/s (2018); 256 tokens 121 us (157)
+// and 67 (86), 128 tokens 110 (127) and 61 (70). At 384 and 1024 tokens it is about as fast as those two.
 #include "cuda/gated_gemm.h"
 #include "cuda/large_gemm.cuh"
 
