@@ -18,9 +18,9 @@ use super::job::Job;
 use crate::engine::{EngineStatistics, ItemOutput, SamplingConfig, StepItem};
 use crate::{Error, Result};
 
-/// Tokens of a step with prompts, where the budget and the prompts have as many: products take 128 at a time, and two
-/// times that cost hardly more than less.
-const LEAST_TOKENS: usize = 256;
+/// Tokens of a step with prompts are a multiple of this, where the budget and the prompts have as many: products take
+/// 128 or 256 at a time, and a few more cost as much as all of them.
+const TOKENS_AT_ONCE: usize = 256;
 
 /// What the scheduler needs of an engine; the contract is that of [`crate::bridge`].
 pub(crate) trait Core {
@@ -358,7 +358,11 @@ impl<E: Core> Scheduler<E> {
     /// Tokens that the prompts of a step may take beside those who need a single one.
     fn tokens_for_prompts(&self, single: usize, prompts: usize) -> usize {
         let share = self.limits.max_batch_tokens * prompts / (single + prompts).max(1);
-        share.max(LEAST_TOKENS.saturating_sub(single)).max(1)
+        if single == 0 {
+            return share;
+        }
+        let total = ((single + share) / TOKENS_AT_ONCE).max(1) * TOKENS_AT_ONCE;
+        total.saturating_sub(single).max(1)
     }
 
     /// As many of the sequence's next tokens as the budget allows, which it reduces.
