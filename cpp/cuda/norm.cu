@@ -165,10 +165,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(Norm args) {
     for (int j = 0; j < 8; ++j) x[i][j] *= inverse * (1 + weight[j]);
   }
   const size_t out = size_t{blockIdx.x} * args.hidden;
-  if (args.fp8) {
-    store_fp8(x, args, out, partial);
-    return;
-  }
+  if (args.fp8) return store_fp8(x, args, out, partial);
 #pragma unroll
   for (int i = 0; i < N; ++i)
     if (column(i) < args.hidden)

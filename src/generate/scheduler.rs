@@ -4,8 +4,9 @@
 //! - First come, first served. A job enters when a slot is free and the free pages hold all its known tokens, with
 //!   some left for the others to grow.
 //! - A step first moves on everyone who needs a single token, then computes prompts, the oldest first, in chunks: of the
-//!   token budget they get as large a part as theirs is of the batch. A batch that only begins is filled at full speed;
-//!   one prompt beside many that generate adds few rows to their step, which reading the weights hides.
+//!   token budget they get as large a part as theirs is of the batch, in round numbers (`TOKENS_AT_ONCE`). A batch that
+//!   only begins is filled at full speed; one prompt beside many that generate adds few rows to their step, which
+//!   reading the weights hides.
 //! - On a device that works on its own, a step is launched before the one before it is collected, so that the device
 //!   never waits. A job that turns out to have ended has then been computed one token too far, which is dropped.
 //! - When pages run out, the youngest gives its own back and waits at the head of the queue; its tokens are computed
