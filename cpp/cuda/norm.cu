@@ -14,7 +14,7 @@
 namespace gemma_cuda::cuda {
 namespace {
 
-constexpr uint32_t kThreads = 256;
+constexpr uint32_t kMostThreads = 512;
 constexpr uint32_t kVector = 8;
 
 struct Norm {
@@ -32,7 +32,7 @@ struct Norm {
 };
 
 // Where a thread's i-th run of elements begins.
-__device__ uint32_t column(int i) { return (i * kThreads + threadIdx.x) * kVector; }
+__device__ uint32_t column(int i) { return (i * blockDim.x + threadIdx.x) * kVector; }
 
 __device__ void store8(float* to, const float (&from)[8]) {
   *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
@@ -122,7 +122,7 @@ struct Delta<N, true> {
 
 // Each thread has up to N runs of eight elements; those past the end of the row are zero.
 template <int N, bool InParts>
-__global__ void __launch_bounds__(kThreads) norm_kernel(Norm args) {
+__global__ void __launch_bounds__(kMostThreads) norm_kernel(Norm args) {
   __shared__ float partial[32];
   allow_next();
   const Weights<N, InParts> weights(args.weight, args.hidden), delta_weights(args.delta_weight, args.hidden);
@@ -185,14 +185,10 @@ void launch(const NormArgs& args, const ProductParts& parts, const Stream& strea
                   .eps = args.eps,
                   .quantize = args.quantize,
                   .fp8 = static_cast<bool>(args.quantize)};
-  const uint32_t runs = (args.hidden + kThreads * kVector - 1) / (kThreads * kVector);
-  switch (runs) {
-    case 1: return launch_early(stream, args.tokens, kThreads, 0, norm_kernel<1, InParts>, norm);
-    case 2: return launch_early(stream, args.tokens, kThreads, 0, norm_kernel<2, InParts>, norm);
-    case 3: return launch_early(stream, args.tokens, kThreads, 0, norm_kernel<3, InParts>, norm);
-    case 4: return launch_early(stream, args.tokens, kThreads, 0, norm_kernel<4, InParts>, norm);
-    default: throw Error::invalid_argument("hidden_size " + std::to_string(args.hidden) + " is more than 8192");
-  }
+  const uint32_t vectors = (args.hidden + kVector - 1) / kVector, runs = (vectors + kMostThreads - 1) / kMostThreads;
+  if (runs > 2) throw Error::invalid_argument("hidden_size " + std::to_string(args.hidden) + " is more than 8192");
+  const uint32_t warps = (vectors + 32 * runs - 1) / (32 * runs);
+  launch_early(stream, args.tokens, 32 * warps, 0, runs == 1 ? norm_kernel<1, InParts> : norm_kernel<2, InParts>, norm);
 }
 
 }  // namespace
