@@ -228,10 +228,14 @@ class CudaBackend final : public Backend {
   void geglu(const GegluArgs& args) override {
     on_device([&] { cuda::geglu(args, stream()); });
   }
-  bool fuses_gated_gemm(const GatedGemmArgs& args) const override { return gated_gemm_fits(args, device_); }
+  bool fuses_gated_gemm(const GatedGemmArgs& args) const override {
+    return skinny_gated_gemm_fits(args, device_) || gated_gemm_fits(args, device_);
+  }
   void gated_gemm(const GatedGemmArgs& args) override {
-    if (!gated_gemm_fits(args, device_)) return Backend::gated_gemm(args);
-    on_device([&] { cuda::gated_gemm(args, device_, stream()); });
+    if (!fuses_gated_gemm(args)) return Backend::gated_gemm(args);
+    on_device([&] {
+      if (!gemm_->run_gated(args, stream())) cuda::gated_gemm(args, device_, stream());
+    });
   }
   void rope_gemm(const GemmArgs& product, const RopeArgs& rope) override {
     if (!rope_gemm_fits(product, rope, device_)) return Backend::rope_gemm(product, rope);

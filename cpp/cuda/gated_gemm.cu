@@ -9,6 +9,7 @@
 // cuBLASLt's product, 3397, and a kernel for GeGLU 3845), in FP8 1758 us, 1407 TFLOP/s (2018); 256 tokens 121 us (157)
 // and 67 (86), 128 tokens 110 (127) and 61 (70). At 384 and 1024 tokens it is about as fast as those two.
 #include "cuda/gated_gemm.h"
+#include "cuda/geglu.cuh"
 #include "cuda/large_gemm.cuh"
 
 namespace gemma_cuda::cuda {
@@ -47,16 +48,6 @@ struct RowScales {
     }
   }
 };
-
-// gelu_tanh(gate) * up. As in elementwise.cu, gelu(g) = g * sigmoid(2 u), but with the constants drawn together, and
-// without what keeps denormals, or divisors over 2^126, right: they end as zeros.
-__device__ inline float gated(float gate, float up) {
-  constexpr float kFactor = -2 * 0.7978845608028654f * 1.4426950408889634f;
-  const float power = fast_exp2(gate * fmaf(gate * gate, 0.044715f * kFactor, kFactor));
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1 + power));
-  return gate * up * inverse;
-}
 
 // Without "memory": the compiler may move what it loads over them, scales, and nothing else of it lies there.
 __device__ inline void store_shared(uint32_t to, uint32_t value) {

@@ -94,6 +94,13 @@ std::optional<ProductParts> Gemm::run_in_parts(const GemmArgs& args, const Strea
   return skinny_gemm_in_parts(args, device_, workspace_.get<char>(0), on);
 }
 
+bool Gemm::run_gated(const GatedGemmArgs& args, const Stream& on) {
+  if (!skinny_gated_gemm_fits(args, device_)) return false;
+  reserve();
+  skinny_gated_gemm(args, device_, workspace_.get<char>(0), arrivals_.get<uint32_t>(0), on);
+  return true;
+}
+
 void Gemm::set_scales(Plan& plan, Scaling scaling, const GemmArgs& args, cudaStream_t stream) {
   if (scaling != Scaling::one && scaling != Scaling::rows) return;
   const float* x = args.x_scale.scale != nullptr ? args.x_scale.scale : args.x_scale.row_scales;

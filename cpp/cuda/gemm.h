@@ -35,6 +35,8 @@ class Gemm {
   void run(GemmArgs args, const Stream& stream);
   // The sums as several blocks leave them, where there is a kernel that does: up to the next product.
   std::optional<ProductParts> run_in_parts(const GemmArgs& args, const Stream& stream);
+  // Gate, up and GeGLU at once, where there is a kernel for so few rows; else nothing.
+  bool run_gated(const GatedGemmArgs& args, const Stream& stream);
 
   // Takes the memory that products need; it is used by one stream at a time.
   void reserve();

@@ -37,6 +37,7 @@
 
 #include "cuda/barrier.cuh"
 #include "cuda/check.h"
+#include "cuda/geglu.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/product_parts.cuh"
 #include "cuda/skinny_gemm.h"
@@ -68,12 +69,13 @@ template <class Type>
 constexpr uint32_t kSlotColumns = std::is_same_v<Type, E4m3> ? kRowBytes : kRowBytes / 2;
 
 struct SkinnyGemm {
-  void* out;              // f32 or bf16
-  bool wide;              // f32
+  void* out;
+  DType out_dtype;
   const float* w_scales;  // FP8: of the rows of w
   const float* x_scales;  // FP8: of the tokens, or one for all
   bool one_x_scale;
-  bool fresh;  // the kernel before has written w
+  const float* out_scale;  // of out in FP8
+  bool fresh;              // the kernel before has written w
   uint32_t tokens, n;
   Cut cut;             // of the first tiles
   uint32_t whole;      // tiles a block computes whole, after those
@@ -116,7 +118,7 @@ class Slots {
 
 // Never more of w is asked for and not there yet than keeps the memory busy. More would only wait in its queues, and
 // behind it everybody's small accesses: of those the kernels before, which this one waits for, consist at their ends.
-template <int Tokens, class Type>
+template <int Tokens, class Type, bool Gated>
 __device__ void bring_weights(const SkinnyGemm& args, const CUtensorMap& w, uint32_t ring, Barriers& barriers) {
   const Slots<Type> slots(args);
   for (uint32_t i = 0; i < slots.count(); ++i) {
@@ -125,8 +127,12 @@ __device__ void bring_weights(const SkinnyGemm& args, const CUtensorMap& w, uint
     const uint32_t most = is_over(barriers.begun, 0) ? kUnderWay : kUnderWayEarly;
     if (i >= most) wait(barriers.weights[(i - most) % kSlots<Tokens>], (i - most) / kSlots<Tokens> % 2);
     arrive_expecting(barriers.weights[slot], kWeightBytes);
-    copy_box(ring + slot * kSlotBytes<Tokens>, w, slots.row(i), slots.column(i), barriers.weights[slot],
-             kEvictFirst);  // read once; x by every block
+    const uint32_t to = ring + slot * kSlotBytes<Tokens>;
+    if constexpr (Gated)
+      copy_pairs(to, w, slots.row(i), slots.column(i), barriers.weights[slot], kEvictFirst);
+    else
+      copy_box(to, w, slots.row(i), slots.column(i), barriers.weights[slot],
+               kEvictFirst);  // read once; x by all blocks
   }
 }
 
@@ -220,15 +226,34 @@ __device__ bool join_parts(float (&sums)[N][4], const SkinnyGemm& args, uint32_t
   return true;
 }
 
+// The two rows of w of which a thread has the sums of a tile: eight apart, or a row of gate and that of up for the same
+// column of out. Eight lanes have consecutive ones. Past the end of w they are n or more.
+template <bool Gated>
+struct Rows {
+  uint32_t row[2];
+
+  __device__ Rows(const SkinnyGemm& args, uint32_t tile) {
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if constexpr (Gated) {
+      const uint32_t column = tile * (kTileRows / 2) + warp * 8 + lane / 4, ffn = args.n / 2;
+      row[0] = column < ffn ? column : args.n;
+      row[1] = row[0] + ffn;
+    } else {
+      row[0] = tile * kTileRows + warp * 16 + lane / 4;
+      row[1] = row[0] + 8;
+    }
+  }
+};
+
 // What the thread's sums of FP8 products are multiplied by: of its rows of w, known before they are needed, and of x.
 struct Scales {
   float w[2];
 
-  __device__ Scales(const SkinnyGemm& args, uint32_t tile) {
-    const uint32_t row = tile * kTileRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  template <bool Gated>
+  __device__ Scales(const SkinnyGemm& args, const Rows<Gated>& rows) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      w[i] = args.w_scales != nullptr && row + 8 * i < args.n ? args.w_scales[row + 8 * i] : 1;
+      w[i] = args.w_scales != nullptr && rows.row[i] < args.n ? args.w_scales[rows.row[i]] : 1;
   }
   template <int N>
   __device__ void apply(float (&sums)[N][4], const SkinnyGemm& args) const {
@@ -243,22 +268,39 @@ struct Scales {
   }
 };
 
-// Fragments: a thread has two rows of w, and of every eight tokens two that follow each other. Eight lanes have
-// consecutive rows of w, which are consecutive in out.
+// Fragments: a thread has two rows of w, and of every eight tokens two that follow each other.
 template <int N>
-__device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, uint32_t tile) {
-  const uint32_t lane = threadIdx.x % 32, row = tile * kTileRows + threadIdx.x / 32 * 16 + lane / 4;
+__device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const Rows<false>& rows) {
 #pragma unroll
   for (int i = 0; i < N; ++i)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const uint32_t token = 8 * i + lane % 4 * 2 + e % 2, column = row + e / 2 * 8;
+      const uint32_t token = 8 * i + threadIdx.x % 4 * 2 + e % 2, column = rows.row[e / 2];
       if (token >= args.tokens || column >= args.n) continue;
       const size_t at = size_t{token} * args.n + column;
-      if (args.wide)
+      if (args.out_dtype == DType::f32)
         static_cast<float*>(args.out)[at] = sums[i][e];
       else
         static_cast<__nv_bfloat16*>(args.out)[at] = __float2bfloat16_rn(sums[i][e]);
+    }
+}
+
+template <int N>
+__device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const Rows<true>& rows) {
+  if (rows.row[0] >= args.n) return;
+  const float factor = args.out_scale != nullptr ? 1.0f / *args.out_scale : 1.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const uint32_t token = 8 * i + threadIdx.x % 4 * 2 + e;
+      if (token >= args.tokens) continue;
+      const float y = gated(sums[i][e], sums[i][e + 2]);
+      const size_t at = size_t{token} * (args.n / 2) + rows.row[0];
+      if (args.out_dtype == DType::e4m3)
+        static_cast<uint8_t*>(args.out)[at] = static_cast<uint8_t>(narrow_e4m3(y * factor, 0));
+      else
+        static_cast<__nv_bfloat16*>(args.out)[at] = __float2bfloat16_rn(y);
     }
 }
 
@@ -286,7 +328,7 @@ __device__ void add(float (&sums)[N][4], const float (&more)[N][4]) {
     for (int j = 0; j < 4; ++j) sums[i][j] += more[i][j];
 }
 
-template <int Tokens, class Type>
+template <int Tokens, class Type, bool Gated>
 __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barriers) {
   const int group = threadIdx.x / kGroup, lane = threadIdx.x % 32;
   const uint32_t begin = first_slot(args.cut, blockIdx.x), end = first_slot(args.cut, blockIdx.x + 1);
@@ -350,28 +392,30 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
   };
   for (uint32_t at = begin; at < end;) {
     const uint32_t tile = at / args.cut.depth, count = min((tile + 1) * args.cut.depth, end) - at;
-    const Scales scales(args, tile);
+    const Rows<Gated> rows(args, tile);
+    const Scales scales(args, rows);
     add_slots(count);
     if (args.leave_parts) {
       leave_part(sums, args, tile);
     } else if (count == args.cut.depth || join_parts(sums, args, tile, group)) {
       scales.apply(sums, args);
-      store(sums, args, tile);
+      store(sums, args, rows);
     }
     at += count;
   }
   for (uint32_t i = 0; i < args.whole; ++i) {
     const uint32_t tile = whole_tile(args, i);
-    const Scales scales(args, tile);
+    const Rows<Gated> rows(args, tile);
+    const Scales scales(args, rows);
     add_slots(args.cut.depth);
     scales.apply(sums, args);
-    store(sums, args, tile);
+    store(sums, args, rows);
   }
 }
 
 #endif
 
-template <int Tokens, class Type>
+template <int Tokens, class Type, bool Gated>
 __global__ void __launch_bounds__(kThreads, 1)
     skinny_gemm_kernel(const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap x, SkinnyGemm args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -391,93 +435,123 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (args.fresh) wait_for_last();
   if (threadIdx.x < kGroups * kGroup)
-    consume<Tokens, Type>(args, ring, barriers);
+    consume<Tokens, Type, Gated>(args, ring, barriers);
   else if (threadIdx.x == kGroups * kGroup)
-    bring_weights<Tokens, Type>(args, w, ring, barriers);
+    bring_weights<Tokens, Type, Gated>(args, w, ring, barriers);
   else if (threadIdx.x == kGroups * kGroup + 32)
     bring_x<Tokens, Type>(args, x, ring, barriers);
 #endif
 }
 
 bool compiled() {
-  static const bool found = has_body(skinny_gemm_kernel<8, Bf16>);
+  static const bool found = has_body(skinny_gemm_kernel<8, Bf16, false>);
   return found;
 }
 
-uint32_t tiles(const GemmArgs& args) { return (args.w.rows + kTileRows - 1) / kTileRows; }
+uint32_t tiles(const Matrix& w) { return (w.rows + kTileRows - 1) / kTileRows; }
 
-template <int Tokens, class Type>
-ProductParts launch(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals,
+// Where blocks leave parts of sums, and what they count them by.
+struct Scratch {
+  void* partials;
+  uint32_t* arrivals;
+};
+
+template <int Tokens, class Type, bool Gated>
+ProductParts launch(const GemmArgs& args, const float* out_scale, const DeviceInfo& device, const Scratch& scratch,
                     bool leave_parts, const Stream& stream) {
   SkinnyGemm work{};
   work.out = args.out;
-  work.wide = args.out_dtype == DType::f32;
+  work.out_dtype = args.out_dtype;
   work.w_scales = args.w.scales;
   work.x_scales = args.x_scale.scale != nullptr ? args.x_scale.scale : args.x_scale.row_scales;
   work.one_x_scale = args.x_scale.scale != nullptr;
+  work.out_scale = out_scale;
   work.fresh = args.w.fresh;
   work.tokens = args.tokens;
   work.n = args.w.rows;
   work.cut.depth = (args.w.cols + kSlotColumns<Type> - 1) / kSlotColumns<Type>;
-  work.partials = static_cast<float4*>(partials);
-  work.arrivals = arrivals;
+  work.partials = static_cast<float4*>(scratch.partials);
+  work.arrivals = scratch.arrivals;
   const uint32_t blocks = work.cut.blocks =
-      std::min<uint32_t>(device.multiprocessors, tiles(args) * std::max(1u, work.cut.depth / kLeastSlots));
+      std::min<uint32_t>(device.multiprocessors, tiles(args.w) * std::max(1u, work.cut.depth / kLeastSlots));
   if (!leave_parts) {
     // Fewer cut tiles than half the blocks would be in too many parts each.
-    work.whole = tiles(args) / blocks;
-    if (work.whole > 0 && tiles(args) % blocks < blocks / 2) --work.whole;
+    work.whole = tiles(args.w) / blocks;
+    if (work.whole > 0 && tiles(args.w) % blocks < blocks / 2) --work.whole;
   }
-  work.cut.tiles = tiles(args) - work.whole * blocks;
+  work.cut.tiles = tiles(args.w) - work.whole * blocks;
   work.leave_parts = leave_parts;
   constexpr uint32_t kBytes = kSlots<Tokens> * kSlotBytes<Tokens> + 1024;  // to begin at a multiple of it
-  const auto kernel = skinny_gemm_kernel<Tokens, Type>;
+  const auto kernel = skinny_gemm_kernel<Tokens, Type, Gated>;
   allow_shared(kernel, kBytes);
   launch_early(stream, blocks, kThreads, kBytes, kernel,
-               tensor_map(args.w.data, args.w.dtype, args.w.rows, args.w.cols, kTileRows),
+               Gated ? pair_map(args.w.data, args.w.dtype, args.w.rows, args.w.cols, kTileRows)
+                     : tensor_map(args.w.data, args.w.dtype, args.w.rows, args.w.cols, kTileRows),
                tensor_map(args.x, args.w.dtype, args.tokens, args.w.cols, Tokens), work);
   return {.cut = work.cut,
-          .sums = static_cast<const float*>(partials),
+          .sums = static_cast<const float*>(scratch.partials),
           .capacity = Tokens,
           .w_scales = work.w_scales,
           .x_scales = work.x_scales,
           .one_x_scale = work.one_x_scale};
 }
 
-template <class Type>
-ProductParts launch(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals,
+template <bool Gated>
+ProductParts launch(const GemmArgs& args, const float* out_scale, const DeviceInfo& device, const Scratch& scratch,
                     bool leave_parts, const Stream& stream) {
-  const auto run = args.tokens <= 8    ? launch<8, Type>
-                   : args.tokens <= 16 ? launch<16, Type>
-                   : args.tokens <= 32 ? launch<32, Type>
-                                       : launch<64, Type>;
-  return run(args, device, partials, arrivals, leave_parts, stream);
+  const auto by_tokens = [&](auto type) {
+    using Type = decltype(type);
+    return args.tokens <= 8    ? launch<8, Type, Gated>
+           : args.tokens <= 16 ? launch<16, Type, Gated>
+           : args.tokens <= 32 ? launch<32, Type, Gated>
+                               : launch<64, Type, Gated>;
+  };
+  const auto run = args.w.dtype == DType::e4m3 ? by_tokens(E4m3{}) : by_tokens(Bf16{});
+  return run(args, out_scale, device, scratch, leave_parts, stream);
+}
+
+// `Args` are GemmArgs or GatedGemmArgs.
+template <class Args>
+bool fits(const Args& args, const DeviceInfo& device) {
+  return device.capability == 90 && args.tokens <= kSkinnyTokens && args.w.dtype != DType::f32 &&
+         args.w.cols * size_of(args.w.dtype) % 16 == 0 &&
+         tiles(args.w) * kGroups * sizeof(uint32_t) <= kSkinnyArrivalBytes && aligned(args.w.data) && aligned(args.x) &&
+         compiled();
 }
 
 }  // namespace
 
-bool skinny_gemm_fits(const GemmArgs& args, const DeviceInfo& device) {
-  return device.capability == 90 && args.tokens <= kSkinnyTokens && args.w.dtype != DType::f32 &&
-         args.w.cols * size_of(args.w.dtype) % 16 == 0 &&
-         tiles(args) * kGroups * sizeof(uint32_t) <= kSkinnyArrivalBytes && aligned(args.w.data) && aligned(args.x) &&
-         compiled();
-}
+bool skinny_gemm_fits(const GemmArgs& args, const DeviceInfo& device) { return fits(args, device); }
 
 void skinny_gemm(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals,
                  const Stream& stream) {
-  const auto run = args.w.dtype == DType::e4m3 ? launch<E4m3> : launch<Bf16>;
-  run(args, device, partials, arrivals, false, stream);
+  launch<false>(args, nullptr, device, {partials, arrivals}, false, stream);
 }
 
 bool skinny_gemm_leaves_parts(const GemmArgs& args, const DeviceInfo& device) {
-  return skinny_gemm_fits(args, device) && tiles(args) < static_cast<uint32_t>(device.multiprocessors) &&
-         args.w.rows % 8 == 0 && args.out_dtype == DType::bf16 && aligned(args.w.scales);
+  return fits(args, device) && tiles(args.w) < static_cast<uint32_t>(device.multiprocessors) && args.w.rows % 8 == 0 &&
+         args.out_dtype == DType::bf16 && aligned(args.w.scales);
 }
 
 ProductParts skinny_gemm_in_parts(const GemmArgs& args, const DeviceInfo& device, void* partials,
                                   const Stream& stream) {
-  const auto run = args.w.dtype == DType::e4m3 ? launch<E4m3> : launch<Bf16>;
-  return run(args, device, partials, nullptr, true, stream);
+  return launch<false>(args, nullptr, device, {partials, nullptr}, true, stream);
+}
+
+bool skinny_gated_gemm_fits(const GatedGemmArgs& args, const DeviceInfo& device) {
+  return fits(args, device) && args.act == DType::bf16 && args.quantize.row_scales == nullptr &&
+         args.w.rows % (2 * kPairRows) == 0;
+}
+
+void skinny_gated_gemm(const GatedGemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals,
+                       const Stream& stream) {
+  const GemmArgs product{.x = args.x,
+                         .w = args.w,
+                         .out = args.out,
+                         .out_dtype = args.quantize ? DType::e4m3 : DType::bf16,
+                         .tokens = args.tokens,
+                         .x_scale = args.x_scale};
+  launch<true>(product, args.quantize.scale, device, {partials, arrivals}, false, stream);
 }
 
 size_t skinny_partial_bytes(const DeviceInfo& device) {

@@ -20,6 +20,10 @@ void skinny_gemm(const GemmArgs& args, const DeviceInfo& device, void* partials,
 // The same, but its sums stay in `partials`, as long as they are not used for anything else, for norm() to add.
 bool skinny_gemm_leaves_parts(const GemmArgs& args, const DeviceInfo& device);
 ProductParts skinny_gemm_in_parts(const GemmArgs& args, const DeviceInfo& device, void* partials, const Stream& stream);
+// Gate, up and GeGLU in one.
+bool skinny_gated_gemm_fits(const GatedGemmArgs& args, const DeviceInfo& device);
+void skinny_gated_gemm(const GatedGemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals,
+                       const Stream& stream);
 size_t skinny_partial_bytes(const DeviceInfo& device);
 constexpr size_t kSkinnyArrivalBytes = size_t{64} << 10;
 

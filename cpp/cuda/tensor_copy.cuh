@@ -60,6 +60,16 @@ __device__ inline void copy_runs_to_both(uint32_t to, const CUtensorMap& map, ui
       : "memory");
 }
 
+// The same by a map of pair_map(); `row` counts those of both halves, and is a multiple of twice kPairRows.
+__device__ inline void copy_pairs(uint32_t to, const CUtensorMap& map, uint32_t row, uint32_t column, Barrier& barrier,
+                                  uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(&map), "r"(column), "r"(0), "r"(row / (2 * kPairRows)), "r"(shared_address(&barrier)), "l"(policy)
+      : "memory");
+}
+
 // Of consecutive bytes, a multiple of 16 at multiples of 16.
 __device__ inline void copy_row(const void* to, const void* from, uint32_t bytes, Barrier& barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(

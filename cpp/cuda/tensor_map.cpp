@@ -60,4 +60,10 @@ CUtensorMap run_map(const void* data, DType dtype, uint64_t rows, uint64_t colum
                 {{2, 1, 2}, {4, 8, 4}, {4, 2, 4}, {rows / kRunRows, kRunRows, box_rows / kRunRows}});
 }
 
+CUtensorMap pair_map(const void* data, DType dtype, uint64_t rows, uint64_t columns, uint32_t box_rows) {
+  return encode(
+      data, dtype, columns,
+      {{kPairRows, 1, kPairRows}, {2, rows / 2, 2}, {rows / (2 * kPairRows), kPairRows, box_rows / (2 * kPairRows)}});
+}
+
 }  // namespace gemma_cuda::cuda

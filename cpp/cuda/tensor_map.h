@@ -21,6 +21,12 @@ CUtensorMap tensor_map(const void* data, DType dtype, uint64_t rows, uint64_t co
 constexpr uint32_t kRunRows = 32;
 CUtensorMap run_map(const void* data, DType dtype, uint64_t rows, uint64_t columns, uint32_t box_rows);
 
+// The same, but with the rows of both halves of the matrix by turns, kPairRows of the first, then those of the second:
+// box row 16 i + j, j < 8, is row 8 i + j of the matrix, and box row 16 i + 8 + j the same of its second half. `rows`
+// and `box_rows` are multiples of twice kPairRows.
+constexpr uint32_t kPairRows = 8;
+CUtensorMap pair_map(const void* data, DType dtype, uint64_t rows, uint64_t columns, uint32_t box_rows);
+
 // Whether a matrix may begin here, or a tensor copy.
 inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 

@@ -146,6 +146,35 @@ class Products : public Suite {
     near("gated gemm, to fp8", narrow, t < 33 ? 0x1p-3 : 0.03);
   }
 
+  // A token's results are the same in every batch of up to kSkinnyTokens, where the kernel is ours.
+  template <class T>
+  void gated_rows(uint32_t ffn, uint32_t k) {
+    constexpr bool kFp8 = std::is_same_v<T, e4m3>;
+    const uint32_t most = cuda::kSkinnyTokens;
+    auto x = elements<T>(size_t{most} * k), w = elements<T>(size_t{2} * ffn * k);
+    auto w_scales = scales(2 * ffn), x_scale = both(vector<float>{0.013f});
+    GatedGemmArgs args{.x = x.gpu(),
+                       .w = {w.gpu(), kFp8 ? DType::e4m3 : DType::bf16, 2 * ffn, k},
+                       .act = DType::bf16,
+                       .gate_up = nullptr,
+                       .out = nullptr,
+                       .tokens = most};
+    if (kFp8) args.w.scales = w_scales.gpu(), args.x_scale.scale = x_scale.gpu();
+    if (!gpu_->fuses_gated_gemm(args)) return;
+    const auto rows = [&](uint32_t t) {
+      auto out = poisoned(size_t{most} * ffn);
+      args.out = out.gpu(), args.tokens = t;
+      gpu_->gated_gemm(args);
+      return download(out);
+    };
+    const vector<bf16> all = rows(most);
+    for (uint32_t t : {1u, 11u, 16u, 25u, 48u}) {
+      const vector<bf16> got = rows(t);
+      CHECK(std::memcmp(got.data(), all.data(), size_t{t} * ffn * sizeof(bf16)) == 0);
+      CHECK(std::isnan(to_float(got[size_t{t} * ffn])));  // nothing past the end
+    }
+  }
+
   // A product of FP8 with the scales of rows, or one for all of them, of either side.
   struct Fp8Product {
     Both<e4m3> x, w;
@@ -234,7 +263,8 @@ class Products : public Suite {
     gemm_norm<T>(5, 96, 64, false, false);   // a tile, which one block has
     gemm_norm<T>(5, 640, 256, true, false);  // some, which a block each has
     gated_gemm<T>(5, m.ffn, m.hidden);
-    for (uint32_t t : {1u, 64u, 200u}) gated_gemm<T>(t, 264, m.hidden);
+    for (uint32_t t : {1u, 13u, 32u, 64u, 200u}) gated_gemm<T>(t, 264, m.hidden);
+    gated_rows<T>(m.ffn, m.hidden);
     for (uint32_t t : {65u, 200u, 1100u}) gated_gemm<T>(t, 256, std::max(m.hidden, 640u));
   }
 
