@@ -421,7 +421,8 @@ SamplePlan Engine::plan_samples(Launched& step) {
     for (uint32_t i = 0; i < launched.scores; ++i)
       samples.score(row + i, sequence.tokens[next + i], sequence.sampling.top_logprobs);
     row += logit_rows(item);
-    if (item.sample) samples.pick(row - 1, item.sequence, sequence.sampling, sequence.tokens, sequence.prompt_tokens);
+    if (item.sample)
+      samples.pick(row - 1, item.sequence, sequence.sampling, sequence.tokens, sequence.prompt_tokens, item.logits);
   }
   return samples;
 }

@@ -150,14 +150,16 @@ const float* Forward::run(const BatchPlan& plan, const SamplePlan& samples, uint
   last_tokens_ = last_tokens;
   const SamplePlan nothing;
   const SamplePlan& within = holds(samples) ? samples : nothing;
+  uint32_t rows = static_cast<uint32_t>(plan.logit_rows.size());
   if (const CapturedPass* found = hidden == nullptr && observer_ == nullptr ? captured(plan) : nullptr) {
     upload(fill_up(plan, found->shape), within);
     found->graph->launch();
+    rows = found->shape.logit_rows;
   } else {
     upload(plan, within);
     pass(plan, hidden);
   }
-  if (!holds(samples)) sample_behind(samples);
+  if (!holds(samples)) sample_behind(samples, rows);
   const uint32_t stride = holds(samples) ? kTopRoom : samples.max_top;
   backend_.start_results(static_cast<uint32_t>(samples.tasks.size()), samples.max_top == 0 ? 0 : stride);
   return act_.logits.as<float>();
@@ -228,8 +230,7 @@ void Forward::pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidde
   }
   if (hidden != nullptr) replace_last_hidden(*hidden, tokens);
   if (observer_ != nullptr) observe_last(tokens);
-  logits(plan);
-  sample(tables_.tasks, tables_.adjustments, 0, static_cast<uint32_t>(plan.logit_rows.size()), kTopRoom);
+  sample_last(plan);
 }
 
 void Forward::upload(const BatchPlan& plan, const SamplePlan& samples) {
@@ -417,9 +418,8 @@ GemmArgs Forward::product(const void* x, Quantize x_scale, const Linear& w, void
           .x_scale = x_scale};
 }
 
-void Forward::logits(const BatchPlan& plan) {
+void Forward::sample_last(const BatchPlan& plan) {
   const uint32_t rows = static_cast<uint32_t>(plan.logit_rows.size());
-  float* logits = act_.logits.as<float>();
   if (rows == 0) return;
   const Quantize how = quantize(weights_.lm_head_linear(), act_.x_scales);
   void* last = (how ? act_.x8 : act_.last).data();
@@ -431,28 +431,26 @@ void Forward::logits(const BatchPlan& plan) {
                  .hidden = spec_.hidden_size,
                  .eps = spec_.rms_norm_eps,
                  .quantize = how});
-  backend_.gemm({.x = last,
-                 .w = weights_.lm_head(),
-                 .out = logits,
-                 .out_dtype = DType::f32,
-                 .tokens = rows,
-                 .capacity = limits_.logit_rows,
-                 .x_scale = how});
-  if (spec_.final_soft_cap > 0)
-    backend_.soft_cap({.x = logits, .rows = rows, .cols = spec_.vocab_size, .cap = spec_.final_soft_cap});
+  const GemmArgs logits{.x = last,
+                        .w = weights_.lm_head(),
+                        .out = act_.logits.data(),
+                        .out_dtype = DType::f32,
+                        .tokens = rows,
+                        .capacity = limits_.logit_rows,
+                        .x_scale = how};
+  backend_.sampled_gemm(logits, spec_.final_soft_cap, sampling(tables_.tasks, tables_.adjustments, 0, rows, kTopRoom));
 }
 
-void Forward::sample(const SampleTask* tasks, const Adjustment* adjustments, uint32_t first, uint32_t count,
-                     uint32_t max_top) {
-  if (count == 0) return;
-  backend_.sample({.logits = act_.logits.as<float>(),
-                   .vocab = spec_.vocab_size,
-                   .tasks = tasks,
-                   .adjustments = adjustments,
-                   .first = first,
-                   .count = count,
-                   .max_top = max_top,
-                   .last_tokens = last_tokens_});
+SampleArgs Forward::sampling(const SampleTask* tasks, const Adjustment* adjustments, uint32_t first, uint32_t count,
+                             uint32_t max_top) const {
+  return {.logits = act_.logits.as<float>(),
+          .vocab = spec_.vocab_size,
+          .tasks = tasks,
+          .adjustments = adjustments,
+          .first = first,
+          .count = count,
+          .max_top = max_top,
+          .last_tokens = last_tokens_};
 }
 
 // Whether a pass has room for these tasks' adjustments and for what they report. A captured one is as it was recorded,
@@ -461,8 +459,8 @@ bool Forward::holds(const SamplePlan& samples) const {
   return samples.max_top <= kTopRoom && samples.adjustments.size() <= spec_.vocab_size;
 }
 
-// There is room for one adjustment a token of the vocabulary, the most that one row can have.
-void Forward::sample_behind(const SamplePlan& samples) {
+// There is room for one adjustment a token of the vocabulary, the most that one row can have. `rows`: of the pass.
+void Forward::sample_behind(const SamplePlan& samples, uint32_t rows) {
   uint32_t first = 0;
   for (const SamplePlan& part : samples.parts(spec_.vocab_size)) {
     const uint32_t count = static_cast<uint32_t>(part.tasks.size());
@@ -470,8 +468,10 @@ void Forward::sample_behind(const SamplePlan& samples) {
     char* table = table_memory_.as<char>();
     backend_.upload(table, part.tasks.data(), task_bytes);
     if (bytes > 0) backend_.upload(table + task_bytes, part.adjustments.data(), bytes);
-    sample(reinterpret_cast<const SampleTask*>(table), reinterpret_cast<const Adjustment*>(table + task_bytes), first,
-           count, samples.max_top);
+    SampleArgs args = sampling(reinterpret_cast<const SampleTask*>(table),
+                               reinterpret_cast<const Adjustment*>(table + task_bytes), first, count, samples.max_top);
+    args.product_rows = rows;
+    backend_.sample(args);
     first += count;
   }
 }

@@ -104,10 +104,11 @@ class Forward {
   void observe_last(uint32_t tokens);
   void norm_last(uint32_t tokens);
   void replace_last_hidden(std::vector<std::vector<float>>& hidden, uint32_t tokens);
-  void logits(const BatchPlan& plan);
-  void sample(const SampleTask* tasks, const Adjustment* adjustments, uint32_t first, uint32_t count, uint32_t max_top);
+  void sample_last(const BatchPlan& plan);
+  SampleArgs sampling(const SampleTask* tasks, const Adjustment* adjustments, uint32_t first, uint32_t count,
+                      uint32_t max_top) const;
   bool holds(const SamplePlan& samples) const;
-  void sample_behind(const SamplePlan& samples);
+  void sample_behind(const SamplePlan& samples, uint32_t rows);
 
   Backend& backend_;
   const ModelSpec& spec_;

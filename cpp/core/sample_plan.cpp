@@ -34,7 +34,7 @@ std::vector<Adjustment> adjustments_of(const SamplingConfig& config, std::span<c
 }  // namespace
 
 void SamplePlan::pick(uint32_t row, uint32_t slot, const SamplingConfig& config, std::span<const uint32_t> tokens,
-                      uint32_t prompt_tokens) {
+                      uint32_t prompt_tokens, bool keeps_logits) {
   const std::vector<Adjustment> own = adjustments_of(config, tokens, prompt_tokens);
   const uint32_t first = static_cast<uint32_t>(adjustments.size());
   adjustments.insert(adjustments.end(), own.begin(), own.end());
@@ -49,7 +49,8 @@ void SamplePlan::pick(uint32_t row, uint32_t slot, const SamplingConfig& config,
                    .min_p = config.min_p,
                    .top = config.top_logprobs,
                    .first_adjustment = first,
-                   .end_adjustment = static_cast<uint32_t>(adjustments.size())});
+                   .end_adjustment = static_cast<uint32_t>(adjustments.size()),
+                   .keeps_logits = keeps_logits});
   max_top = std::max(max_top, config.top_logprobs);
 }
 

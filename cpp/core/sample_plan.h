@@ -17,7 +17,7 @@ struct SamplePlan {
 
   // Picks the token that follows `tokens`, prompt and generated ones, of the sequence with this number.
   void pick(uint32_t row, uint32_t slot, const SamplingConfig& config, std::span<const uint32_t> tokens,
-            uint32_t prompt_tokens);
+            uint32_t prompt_tokens, bool keeps_logits = false);
   // Looks `token` up.
   void score(uint32_t row, uint32_t token, uint32_t top_logprobs);
 

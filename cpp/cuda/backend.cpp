@@ -15,6 +15,7 @@
 #include "cuda/requirements.h"
 #include "cuda/rope_gemm.h"
 #include "cuda/sampler.h"
+#include "cuda/skinny_gemm.h"
 
 namespace gemma_cuda::cuda {
 namespace {
@@ -83,7 +84,8 @@ Names names(const DeviceInfo& device) {
 }
 
 uint64_t workspace_of(const DeviceInfo& device, const WorkLimits& limits) {
-  return Gemm::kReservedBytes + PinnedRing::kPieceBytes + Sampler::reserved_bytes(limits.logit_rows, limits.vocab) +
+  return Gemm::kReservedBytes + PinnedRing::kPieceBytes +
+         Sampler::reserved_bytes(limits.logit_rows, limits.vocab, device) +
          decode_scratch_bytes(device, limits.head_dim, limits.group);
 }
 
@@ -152,7 +154,7 @@ class CudaBackend final : public Backend {
     const DeviceScope scope(device_.index);
     gemm_->reserve();
     ring_.reserve();
-    sampler_.reserve(limits.logit_rows, limits.vocab, stream_);
+    sampler_.reserve(limits.logit_rows, limits.vocab, device_, stream_);
     decode_scratch_.get<char>(decode_scratch_bytes(device_, limits.head_dim, limits.group));
   }
 
@@ -261,8 +263,17 @@ class CudaBackend final : public Backend {
     });
   }
 
+  void sampled_gemm(const GemmArgs& product, float soft_cap, const SampleArgs& args) override {
+    if (!skinny_surveyed_gemm_fits(product, device_)) return Backend::sampled_gemm(product, soft_cap, args);
+    on_device([&] {
+      Survey* room = sampler_.surveys(skinny_surveys(product.tokens, device_));
+      surveys_ = gemm_->run_surveyed(product, soft_cap, args, room, stream());
+      sampler_.sample(args, *surveys_, stream());
+    });
+  }
   void sample(const SampleArgs& args) override {
-    on_device([&] { sampler_.sample(args, stream()); });
+    const bool surveyed = surveys_ && args.product_rows > 0 && args.product_rows <= kSkinnyTokens;
+    on_device([&] { surveyed ? sampler_.sample(args, *surveys_, stream()) : sampler_.sample(args, stream()); });
   }
   void start_results(uint32_t count, uint32_t max_top) override {
     on_device([&] { sampler_.start_results(count, max_top, stream_); });
@@ -289,6 +300,7 @@ class CudaBackend final : public Backend {
   std::unique_ptr<Gemm> gemm_;
   PinnedRing ring_;
   Sampler sampler_;
+  std::optional<Surveys> surveys_;  // as products of up to kSkinnyTokens rows of logits leave them, run or recorded
 };
 
 }  // namespace

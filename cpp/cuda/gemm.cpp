@@ -101,6 +101,13 @@ bool Gemm::run_gated(const GatedGemmArgs& args, const Stream& on) {
   return true;
 }
 
+Surveys Gemm::run_surveyed(const GemmArgs& args, float soft_cap, const SampleArgs& sample, Survey* surveys,
+                           const Stream& on) {
+  reserve();
+  return skinny_surveyed_gemm(args, soft_cap, sample, surveys, device_, workspace_.get<char>(0),
+                              arrivals_.get<uint32_t>(0), on);
+}
+
 void Gemm::set_scales(Plan& plan, Scaling scaling, const GemmArgs& args, cudaStream_t stream) {
   if (scaling != Scaling::one && scaling != Scaling::rows) return;
   const float* x = args.x_scale.scale != nullptr ? args.x_scale.scale : args.x_scale.row_scales;

@@ -37,6 +37,9 @@ class Gemm {
   std::optional<ProductParts> run_in_parts(const GemmArgs& args, const Stream& stream);
   // Gate, up and GeGLU at once, where there is a kernel for so few rows; else nothing.
   bool run_gated(const GatedGemmArgs& args, const Stream& stream);
+  // Logits with the surveys of their rows (skinny_gemm.h); to be called only where skinny_surveyed_gemm_fits().
+  Surveys run_surveyed(const GemmArgs& args, float soft_cap, const SampleArgs& sample, Survey* surveys,
+                       const Stream& stream);
 
   // Takes the memory that products need; it is used by one stream at a time.
   void reserve();

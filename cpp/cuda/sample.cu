@@ -1,14 +1,15 @@
-// A first kernel surveys each row with many blocks: its best token, the mass of its softmax, whether it is finite. The
-// second, one block a row, has then only to adjust, filter and draw; a greedy row is done. Every filter is a cut in the
-// order "likelier first, equal ones by token": top-k and top-p find theirs by radix selection over the bits of the
-// score, digit by digit from the top, with counts or probability mass as the weight of a token; no sort. Mass is summed
-// in fixed point (2^-40), so the result does not depend on the order of the atomics. The row stays in L2 between its
-// passes.
+// A first kernel surveys each row with many blocks: its best token, the mass of its softmax, whether it is finite; or
+// the product has done so that made the logits (skinny_gemm.cu). The second, one block a row, has then only to adjust,
+// filter and draw; a greedy row is done. Every filter is a cut in the order "likelier first, equal ones by token":
+// top-k and top-p find theirs by radix selection over the bits of the score, digit by digit from the top, with counts
+// or probability mass as the weight of a token; no sort. Mass is summed in fixed point (2^-40), so the result does not
+// depend on the order of the atomics. The row stays in L2 between its passes.
 #include <cmath>
 
 #include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/sample.h"
+#include "cuda/survey.cuh"
 #include "ops/philox.h"
 
 namespace gemma_cuda::cuda {
@@ -21,14 +22,6 @@ __device__ uint32_t key_of(float x) {
   const uint32_t bits = __float_as_uint(x + 0.0f);  // -0 and 0 are equal
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
-
-struct Best {
-  float value;
-  uint32_t token;
-  __device__ void take(float other, uint32_t at) {
-    if (other > value || (other == value && at < token)) value = other, token = at;
-  }
-};
 
 template <class T, class F>
 __device__ T block_reduce(T mine, F combine) {
@@ -209,15 +202,6 @@ constexpr int kParts = kSurveyParts;
 constexpr int kSurveyThreads = 256;
 constexpr int kAtOnce = 32;  // elements of a thread: a part of 262144 at once, all asked for before the first is needed
 
-__device__ float exp_of(float x) { return fast_exp2(x * 1.4426950408889634f); }
-
-// What two parts of a row have together.
-__device__ Survey join(const Survey& a, const Survey& b) {
-  Best best{a.best, a.token};
-  best.take(b.best, b.token);
-  const auto weighed = [&](const Survey& s) { return s.sum == 0 ? 0 : s.sum * exp_of(s.best - best.value); };
-  return {best.value, best.token, weighed(a) + weighed(b), a.finite & b.finite};
-}
 // What `Lanes` neighbours have, to each of them.
 template <int Lanes>
 __device__ Survey join_lanes(Survey mine) {
@@ -290,7 +274,8 @@ __global__ void __launch_bounds__(kSurveyThreads)
   if (threadIdx.x == 0) surveys[blockIdx.y * kParts + blockIdx.x] = whole;
 }
 
-__global__ void __launch_bounds__(kThreads) sample_kernel(const SampleArgs args, const SampleMemory memory) {
+__global__ void __launch_bounds__(kThreads)
+    sample_kernel(const SampleArgs args, const Surveys surveys, const SampleMemory memory) {
   allow_next();
   wait_for_last();
   const SampleTask task = args.tasks[blockIdx.x];
@@ -298,8 +283,10 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleArgs args,
   const uint32_t vocab = args.vocab;
   float* logits = args.logits + size_t{task.row} * vocab;
 
-  static_assert(kParts == 32);
-  const Survey row = join_lanes<kParts>(memory.surveys[blockIdx.x * kParts + threadIdx.x % kParts]);
+  const Survey* parts = surveys.data + size_t{surveys.by_row ? task.row : blockIdx.x} * surveys.parts;
+  Survey row{-INFINITY, ~0u, 0, 1};
+  for (uint32_t part = threadIdx.x % 32; part < surveys.parts; part += 32) row = join(row, parts[part]);
+  row = join_lanes<32>(row);
   const Best best{row.best, row.token};
   const bool finite = row.finite && isfinite(row.best);
 
@@ -325,19 +312,23 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleArgs args,
   }
   if (finite && task.top > 0) report_top(logits, vocab, task.top, memory.tops + size_t{blockIdx.x} * args.max_top);
   if (threadIdx.x == 0) {
-    memory.results[blockIdx.x] = {token, finite ? logits[token] : 0, row.best + logf(row.sum), finite,
-                                  min(task.top, vocab)};
+    // The row of a task that wants no more than its best may be nowhere else.
+    const float logit = !finite ? 0 : token == row.token ? row.best : logits[token];
+    memory.results[blockIdx.x] = {token, logit, row.best + logf(row.sum), finite, min(task.top, vocab)};
     if (picks) args.last_tokens[task.slot] = finite ? token : 0;
   }
 }
 
 }  // namespace
 
-void sample(const SampleArgs& args, const SampleMemory& memory, const Stream& stream) {
+void survey(const SampleArgs& args, Survey* surveys, const Stream& stream) {
   launch_early(stream, dim3(kParts, args.count), kSurveyThreads, 0,
                args.vocab % 4 == 0 ? survey_kernel<true> : survey_kernel<false>, args.logits, args.vocab, args.tasks,
-               memory.surveys);
-  launch_early(stream, args.count, kThreads, 0, sample_kernel, args, memory);
+               surveys);
+}
+
+void sample(const SampleArgs& args, const Surveys& surveys, const SampleMemory& memory, const Stream& stream) {
+  launch_early(stream, args.count, kThreads, 0, sample_kernel, args, surveys, memory);
 }
 
 }  // namespace gemma_cuda::cuda

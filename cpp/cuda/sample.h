@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/ops.h"
+#include "cuda/survey.h"
 
 namespace gemma_cuda::cuda {
 
@@ -21,22 +22,17 @@ struct TopEntry {
   float logit;
 };
 
-// A part of a row of logits: its best, the sum of exp(logit - best), and whether none is NaN.
-struct Survey {
-  float best;
-  uint32_t token;
-  float sum;
-  uint32_t finite;
-};
-constexpr uint32_t kSurveyParts = 32;  // of a row
-
 struct SampleMemory {
   float* saved;           // one an adjustment
-  Survey* surveys;        // [count, kSurveyParts]
   SampleResult* results;  // [count]
   TopEntry* tops;         // [count, max_top]; each row's entries in no order
 };
 
-void sample(const SampleArgs& args, const SampleMemory& memory, const Stream& stream);
+constexpr uint32_t kSurveyParts = 32;  // of a row
+
+// Surveys the row of every task, in kSurveyParts parts, to surveys [count, kSurveyParts].
+void survey(const SampleArgs& args, Survey* surveys, const Stream& stream);
+// Needs the surveys of all rows: that kernel's, or those that the product left which made the logits.
+void sample(const SampleArgs& args, const Surveys& surveys, const SampleMemory& memory, const Stream& stream);
 
 }  // namespace gemma_cuda::cuda

@@ -4,6 +4,7 @@
 #include <span>
 
 #include "cuda/check.h"
+#include "cuda/skinny_gemm.h"
 
 namespace gemma_cuda::cuda {
 
@@ -12,13 +13,22 @@ Sampler::~Sampler() {
     if (lane.done != nullptr) cudaEventDestroy(lane.done);
 }
 
-size_t Sampler::reserved_bytes(uint32_t rows, uint32_t vocab) {
-  const size_t row = kSurveyParts * sizeof(Survey) + sizeof(SampleResult) + kTopRoom * sizeof(TopEntry);
-  return rows * row + vocab * sizeof(float);
+namespace {
+
+size_t most_surveys(uint32_t rows, const DeviceInfo& device) {
+  return std::max(size_t{rows} * kSurveyParts, skinny_surveys(std::min(rows, kSkinnyTokens), device));
 }
 
-void Sampler::reserve(uint32_t rows, uint32_t vocab, cudaStream_t stream) {
+}  // namespace
+
+size_t Sampler::reserved_bytes(uint32_t rows, uint32_t vocab, const DeviceInfo& device) {
+  const size_t row = sizeof(SampleResult) + kTopRoom * sizeof(TopEntry);
+  return rows * row + vocab * sizeof(float) + most_surveys(rows, device) * sizeof(Survey);
+}
+
+void Sampler::reserve(uint32_t rows, uint32_t vocab, const DeviceInfo& device, cudaStream_t stream) {
   memory(rows, vocab, kTopRoom, stream);
+  surveys(most_surveys(rows, device));
   for (Lane& lane : lanes_) {
     lane.results.get<SampleResult>(rows);
     lane.tops.get<TopEntry>(size_t{rows} * kTopRoom);
@@ -35,15 +45,20 @@ TopEntry* Sampler::tops(size_t rows, uint32_t max_top, cudaStream_t stream) {
 }
 
 SampleMemory Sampler::memory(size_t rows, uint32_t vocab, uint32_t max_top, cudaStream_t stream) {
-  return {saved_.get<float>(vocab), surveys_.get<Survey>(rows * kSurveyParts), results_.get<SampleResult>(rows),
-          tops(rows, max_top, stream)};
+  return {saved_.get<float>(vocab), results_.get<SampleResult>(rows), tops(rows, max_top, stream)};
 }
 
 void Sampler::sample(const SampleArgs& args, const Stream& stream) {
+  Survey* all = surveys(size_t{args.count} * kSurveyParts);
+  survey(args, all, stream);
+  sample(args, {all, kSurveyParts, false}, stream);
+}
+
+void Sampler::sample(const SampleArgs& args, const Surveys& surveys, const Stream& stream) {
   SampleMemory room = memory(size_t{args.first} + args.count, args.vocab, args.max_top, stream.stream);
   room.results += args.first;
   room.tops += size_t{args.first} * args.max_top;
-  cuda::sample(args, room, stream);
+  cuda::sample(args, surveys, room, stream);
 }
 
 void Sampler::start_results(uint32_t count, uint32_t max_top, cudaStream_t stream) {

@@ -23,11 +23,15 @@ class Sampler {
 
   // Takes the memory that steps of so many rows need. Only a step with more than kTopRoom log-probabilities a row takes
   // more, when it comes.
-  void reserve(uint32_t rows, uint32_t vocab, cudaStream_t stream);
-  static size_t reserved_bytes(uint32_t rows, uint32_t vocab);
+  void reserve(uint32_t rows, uint32_t vocab, const DeviceInfo& device, cudaStream_t stream);
+  static size_t reserved_bytes(uint32_t rows, uint32_t vocab, const DeviceInfo& device);
 
   // Puts the kernels on the stream, always the same.
   void sample(const SampleArgs& args, const Stream& stream);
+  // Of rows that are surveyed already.
+  void sample(const SampleArgs& args, const Surveys& surveys, const Stream& stream);
+  // Room for so many, up to the next step's.
+  Survey* surveys(size_t count) { return surveys_.get<Survey>(count); }
   // Puts the copy of the results so far on it. At most kLanes of these may be unfinished.
   void start_results(uint32_t count, uint32_t max_top, cudaStream_t stream);
   // Waits for the oldest that is not finished. A row whose logits are not finite has no result.

@@ -44,6 +44,7 @@
 #include "cuda/check.h"
 #include "cuda/geglu.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/logit_survey.cuh"
 #include "cuda/product_parts.cuh"
 #include "cuda/skinny_gemm.h"
 #include "cuda/tensor_copy.cuh"
@@ -73,6 +74,10 @@ constexpr uint32_t kSlots = std::min(kMaxSlots, kRingBytes / kSlotBytes<Tokens>)
 template <class Type>
 constexpr uint32_t kSlotColumns = std::is_same_v<Type, E4m3> ? kRowBytes : kRowBytes / 2;
 
+// What becomes of the sums: they are written; GeGLU is made of those of gate and up; or they are logits, of whose rows
+// sample() needs a survey before anything else, and often nothing else.
+enum class Kind { plain, gated, surveyed };
+
 struct SkinnyGemm {
   void* out;
   DType out_dtype;
@@ -80,7 +85,11 @@ struct SkinnyGemm {
   const float* x_scales;  // FP8: of the tokens, or one for all
   bool one_x_scale;
   const float* out_scale;  // of out in FP8
-  bool fresh;              // the kernel before has written w
+  float soft_cap;          // of logits
+  const SampleTask* tasks;
+  uint32_t task_count;
+  Survey* surveys;  // [tokens][blocks]
+  bool fresh;       // the kernel before has written w
   uint32_t tokens, n;
   uint32_t tile_rows;  // at most kTileRows, at least kGroupRows, a multiple of 8
   Cut cut;             // of the first tiles
@@ -125,7 +134,7 @@ class Slots {
 
 // Never more of w is asked for and not there yet than keeps the memory busy. More would only wait in its queues, and
 // behind it everybody's small accesses: of those the kernels before, which this one waits for, consist at their ends.
-template <int Tokens, class Type, bool Gated>
+template <int Tokens, class Type, Kind kKind>
 __device__ void bring_weights(const SkinnyGemm& args, const CUtensorMap& w, uint32_t ring, Barriers& barriers) {
   const Slots<Type> slots(args);
   for (uint32_t i = 0; i < slots.count(); ++i) {
@@ -135,7 +144,7 @@ __device__ void bring_weights(const SkinnyGemm& args, const CUtensorMap& w, uint
     if (i >= most) wait(barriers.weights[(i - most) % kSlots<Tokens>], (i - most) / kSlots<Tokens> % 2);
     arrive_expecting(barriers.weights[slot], args.tile_rows * kRowBytes);
     const uint32_t to = ring + slot * kSlotBytes<Tokens>;
-    if constexpr (Gated)
+    if constexpr (kKind == Kind::gated)
       copy_pairs(to, w, slots.row(i), slots.column(i), barriers.weights[slot], kEvictFirst);
     else
       copy_box(to, w, slots.row(i), slots.column(i), barriers.weights[slot],
@@ -240,13 +249,13 @@ __device__ inline uint32_t group_row(const SkinnyGemm& args, uint32_t group) {
 
 // The two rows of w of which a thread has the sums of a tile: eight apart, or a row of gate and that of up for the same
 // column of out. Eight lanes have consecutive ones. Past the end of w, or another's as well, they are n or more.
-template <bool Gated>
+template <Kind kKind>
 struct Rows {
   uint32_t row[2];
 
   __device__ Rows(const SkinnyGemm& args, uint32_t tile) {
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if constexpr (Gated) {
+    if constexpr (kKind == Kind::gated) {
       const uint32_t column = tile * (kTileRows / 2) + warp * 8 + lane / 4, ffn = args.n / 2;
       row[0] = column < ffn ? column : args.n;
       row[1] = row[0] + ffn;
@@ -263,8 +272,8 @@ struct Rows {
 struct Scales {
   float w[2];
 
-  template <bool Gated>
-  __device__ Scales(const SkinnyGemm& args, const Rows<Gated>& rows) {
+  template <Kind kKind>
+  __device__ Scales(const SkinnyGemm& args, const Rows<kKind>& rows) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       w[i] = args.w_scales != nullptr && rows.row[i] < args.n ? args.w_scales[rows.row[i]] : 1;
@@ -282,15 +291,16 @@ struct Scales {
   }
 };
 
-// Fragments: a thread has two rows of w, and of every eight tokens two that follow each other.
-template <int N>
-__device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const Rows<false>& rows) {
+// Fragments: a thread has two rows of w, and of every eight tokens two that follow each other. `kept`: which tokens.
+template <int N, Kind kKind>
+__device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const Rows<kKind>& rows,
+                      uint64_t kept = ~uint64_t{0}) {
 #pragma unroll
   for (int i = 0; i < N; ++i)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const uint32_t token = 8 * i + threadIdx.x % 4 * 2 + e % 2, column = rows.row[e / 2];
-      if (token >= args.tokens || column >= args.n) continue;
+      if (token >= args.tokens || column >= args.n || (kept >> token & 1) == 0) continue;
       const size_t at = size_t{token} * args.n + column;
       if (args.out_dtype == DType::f32)
         static_cast<float*>(args.out)[at] = sums[i][e];
@@ -300,7 +310,7 @@ __device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const R
 }
 
 template <int N>
-__device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const Rows<true>& rows) {
+__device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const Rows<Kind::gated>& rows) {
   if (rows.row[0] >= args.n) return;
   const float factor = args.out_scale != nullptr ? 1.0f / *args.out_scale : 1.0f;
 #pragma unroll
@@ -317,6 +327,56 @@ __device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const R
         static_cast<__nv_bfloat16*>(args.out)[at] = __float2bfloat16_rn(y);
     }
 }
+
+// Of each tile in its turn, by all threads that multiply, and at the end.
+template <int Tokens, Kind kKind>
+class Finish {
+ public:
+  __device__ explicit Finish(const SkinnyGemm& args) : args_(args) {}
+  __device__ void tile(const float (&sums)[Tokens / 8][4], const Rows<kKind>& rows) { store(sums, args_, rows); }
+  __device__ void end() {}
+
+ private:
+  const SkinnyGemm& args_;
+};
+
+template <int Tokens>
+class Finish<Tokens, Kind::surveyed> {
+  static constexpr int kWarps = kGroups * kGroup / 32;
+
+ public:
+  __device__ explicit Finish(const SkinnyGemm& args) : args_(args), kept_(kept_rows(args.tasks, args.task_count)) {
+    for (uint32_t i = threadIdx.x % 32; i < Tokens; i += 32) surveys()[i] = {-INFINITY, ~0u, 0, 1};
+    __syncwarp();
+  }
+  __device__ void tile(float (&sums)[Tokens / 8][4], const Rows<Kind::surveyed>& rows) {
+    if (args_.soft_cap > 0)
+#pragma unroll
+      for (auto& fragment : sums)
+#pragma unroll
+        for (float& x : fragment) x = args_.soft_cap * tanhf(x / args_.soft_cap);
+    add_to_surveys(surveys(), sums, rows.row, args_.n);
+    store(sums, args_, rows, kept_);
+  }
+  __device__ void end() {
+    asm volatile("bar.sync 3, %0;" ::"n"(kGroups * kGroup) : "memory");
+    const uint32_t token = threadIdx.x;
+    if (token >= args_.tokens) return;
+    const Survey* of_warps = surveys() - threadIdx.x / 32 * Tokens + token;
+    Survey all = of_warps[0];
+    for (int warp = 1; warp < kWarps; ++warp) all = join(all, of_warps[warp * Tokens]);
+    args_.surveys[token * gridDim.x + blockIdx.x] = all;
+  }
+
+ private:
+  // The warp's.
+  __device__ static Survey* surveys() {
+    __shared__ Survey of_warps[kWarps][Tokens];
+    return of_warps[threadIdx.x / 32];
+  }
+  const SkinnyGemm& args_;
+  const uint64_t kept_;
+};
 
 // This block's part of a tile, for others to add (ProductParts).
 template <int N>
@@ -342,7 +402,7 @@ __device__ void add(float (&sums)[N][4], const float (&more)[N][4]) {
     for (int j = 0; j < 4; ++j) sums[i][j] += more[i][j];
 }
 
-template <int Tokens, class Type, bool Gated>
+template <int Tokens, class Type, Kind kKind>
 __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barriers) {
   const int group = threadIdx.x / kGroup, lane = threadIdx.x % 32;
   const uint32_t begin = first_slot(args.cut, blockIdx.x), end = first_slot(args.cut, blockIdx.x + 1);
@@ -404,32 +464,34 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
       free((slot + kSlots<Tokens> - 1) % kSlots<Tokens>);
     }
   };
+  Finish<Tokens, kKind> finish_tiles(args);
   for (uint32_t at = begin; at < end;) {
     const uint32_t tile = at / args.cut.depth, count = min((tile + 1) * args.cut.depth, end) - at;
-    const Rows<Gated> rows(args, tile);
+    const Rows<kKind> rows(args, tile);
     const Scales scales(args, rows);
     add_slots(count);
     if (args.leave_parts) {
       leave_part(sums, args, tile);
     } else if (count == args.cut.depth || join_parts(sums, args, tile, group)) {
       scales.apply(sums, args);
-      store(sums, args, rows);
+      finish_tiles.tile(sums, rows);
     }
     at += count;
   }
   for (uint32_t i = 0; i < args.whole; ++i) {
     const uint32_t tile = whole_tile(args, i);
-    const Rows<Gated> rows(args, tile);
+    const Rows<kKind> rows(args, tile);
     const Scales scales(args, rows);
     add_slots(args.cut.depth);
     scales.apply(sums, args);
-    store(sums, args, rows);
+    finish_tiles.tile(sums, rows);
   }
+  finish_tiles.end();
 }
 
 #endif
 
-template <int Tokens, class Type, bool Gated>
+template <int Tokens, class Type, Kind kKind>
 __global__ void __launch_bounds__(kThreads, 1)
     skinny_gemm_kernel(const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap x, SkinnyGemm args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -449,16 +511,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (args.fresh) wait_for_last();
   if (threadIdx.x < kGroups * kGroup)
-    consume<Tokens, Type, Gated>(args, ring, barriers);
+    consume<Tokens, Type, kKind>(args, ring, barriers);
   else if (threadIdx.x == kGroups * kGroup)
-    bring_weights<Tokens, Type, Gated>(args, w, ring, barriers);
+    bring_weights<Tokens, Type, kKind>(args, w, ring, barriers);
   else if (threadIdx.x == kGroups * kGroup + 32)
     bring_x<Tokens, Type>(args, x, ring, barriers);
 #endif
 }
 
 bool compiled() {
-  static const bool found = has_body(skinny_gemm_kernel<8, Bf16, false>);
+  static const bool found = has_body(skinny_gemm_kernel<8, Bf16, Kind::plain>);
   return found;
 }
 
@@ -477,61 +539,65 @@ struct Scratch {
   uint32_t* arrivals;
 };
 
-template <int Tokens, class Type, bool Gated>
-ProductParts launch(const GemmArgs& args, const float* out_scale, const DeviceInfo& device, const Scratch& scratch,
-                    bool leave_parts, const Stream& stream) {
+// What all kinds have in common.
+SkinnyGemm skinny_gemm_of(const GemmArgs& args, const Scratch& scratch) {
   SkinnyGemm work{};
   work.out = args.out;
   work.out_dtype = args.out_dtype;
   work.w_scales = args.w.scales;
   work.x_scales = args.x_scale.scale != nullptr ? args.x_scale.scale : args.x_scale.row_scales;
   work.one_x_scale = args.x_scale.scale != nullptr;
-  work.out_scale = out_scale;
   work.fresh = args.w.fresh;
   work.tokens = args.tokens;
   work.n = args.w.rows;
-  work.cut.depth = (args.w.cols + kSlotColumns<Type> - 1) / kSlotColumns<Type>;
   work.partials = static_cast<float4*>(scratch.partials);
   work.arrivals = scratch.arrivals;
-  work.tile_rows = leave_parts || Gated ? kTileRows : tile_rows(args.w, device);
-  const uint32_t all = (args.w.rows + work.tile_rows - 1) / work.tile_rows,
+  return work;
+}
+
+// Shares the tiles out among the blocks.
+void divide(SkinnyGemm& work, const Matrix& w, uint32_t columns, bool low_tiles, const DeviceInfo& device) {
+  work.tile_rows = low_tiles ? tile_rows(w, device) : kTileRows;
+  work.cut.depth = (w.cols + columns - 1) / columns;
+  const uint32_t all = (w.rows + work.tile_rows - 1) / work.tile_rows,
                  parts = work.tile_rows < kTileRows ? 1 : std::max(1u, work.cut.depth / kLeastSlots);
   const uint32_t blocks = work.cut.blocks = std::min<uint32_t>(device.multiprocessors, all * parts);
-  if (!leave_parts) {
+  if (!work.leave_parts) {
     // Fewer cut tiles than half the blocks would be in too many parts each.
     work.whole = all / blocks;
     if (work.whole > 0 && all % blocks < blocks / 2) --work.whole;
   }
   work.cut.tiles = all - work.whole * blocks;
-  work.leave_parts = leave_parts;
-  constexpr uint32_t kBytes = kSlots<Tokens> * kSlotBytes<Tokens> + 1024;  // to begin at a multiple of it
-  const auto kernel = skinny_gemm_kernel<Tokens, Type, Gated>;
-  allow_shared(kernel, kBytes);
-  launch_early(stream, blocks, kThreads, kBytes, kernel,
-               Gated ? pair_map(args.w.data, args.w.dtype, args.w.rows, args.w.cols, kTileRows)
-                     : tensor_map(args.w.data, args.w.dtype, args.w.rows, args.w.cols, work.tile_rows),
-               tensor_map(args.x, args.w.dtype, args.tokens, args.w.cols, Tokens), work);
-  return {.cut = work.cut,
-          .sums = static_cast<const float*>(scratch.partials),
-          .capacity = Tokens,
-          .w_scales = work.w_scales,
-          .x_scales = work.x_scales,
-          .one_x_scale = work.one_x_scale};
 }
 
-template <bool Gated>
-ProductParts launch(const GemmArgs& args, const float* out_scale, const DeviceInfo& device, const Scratch& scratch,
-                    bool leave_parts, const Stream& stream) {
+template <int Tokens, class Type, Kind kKind>
+Cut launch(SkinnyGemm work, const GemmArgs& args, const DeviceInfo& device, const Stream& stream) {
+  divide(work, args.w, kSlotColumns<Type>, kKind == Kind::plain && !work.leave_parts, device);
+  constexpr uint32_t kBytes = kSlots<Tokens> * kSlotBytes<Tokens> + 1024;  // to begin at a multiple of it
+  const auto kernel = skinny_gemm_kernel<Tokens, Type, kKind>;
+  allow_shared(kernel, kBytes);
+  const auto map = kKind == Kind::gated ? pair_map : tensor_map;
+  launch_early(stream, work.cut.blocks, kThreads, kBytes, kernel,
+               map(args.w.data, args.w.dtype, args.w.rows, args.w.cols, work.tile_rows),
+               tensor_map(args.x, args.w.dtype, args.tokens, args.w.cols, Tokens), work);
+  return work.cut;
+}
+
+template <Kind kKind>
+Cut launch(const SkinnyGemm& work, const GemmArgs& args, const DeviceInfo& device, const Stream& stream) {
   const auto by_tokens = [&](auto type) {
     using Type = decltype(type);
-    return args.tokens <= 8    ? launch<8, Type, Gated>
-           : args.tokens <= 16 ? launch<16, Type, Gated>
-           : args.tokens <= 32 ? launch<32, Type, Gated>
-                               : launch<64, Type, Gated>;
+    return args.tokens <= 8    ? launch<8, Type, kKind>
+           : args.tokens <= 16 ? launch<16, Type, kKind>
+           : args.tokens <= 32 ? launch<32, Type, kKind>
+                               : launch<64, Type, kKind>;
   };
   const auto run = args.w.dtype == DType::e4m3 ? by_tokens(E4m3{}) : by_tokens(Bf16{});
-  return run(args, out_scale, device, scratch, leave_parts, stream);
+  return run(work, args, device, stream);
 }
+
+// Of how many tokens a kernel for so many is, hence the sums that it leaves.
+uint32_t capacity(uint32_t tokens) { return tokens <= 8 ? 8 : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64; }
 
 // `Args` are GemmArgs or GatedGemmArgs.
 template <class Args>
@@ -548,7 +614,7 @@ bool skinny_gemm_fits(const GemmArgs& args, const DeviceInfo& device) { return f
 
 void skinny_gemm(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals,
                  const Stream& stream) {
-  launch<false>(args, nullptr, device, {partials, arrivals}, false, stream);
+  launch<Kind::plain>(skinny_gemm_of(args, {partials, arrivals}), args, device, stream);
 }
 
 bool skinny_gemm_leaves_parts(const GemmArgs& args, const DeviceInfo& device) {
@@ -558,7 +624,14 @@ bool skinny_gemm_leaves_parts(const GemmArgs& args, const DeviceInfo& device) {
 
 ProductParts skinny_gemm_in_parts(const GemmArgs& args, const DeviceInfo& device, void* partials,
                                   const Stream& stream) {
-  return launch<false>(args, nullptr, device, {partials, nullptr}, true, stream);
+  SkinnyGemm work = skinny_gemm_of(args, {partials, nullptr});
+  work.leave_parts = true;
+  return {.cut = launch<Kind::plain>(work, args, device, stream),
+          .sums = static_cast<const float*>(partials),
+          .capacity = capacity(args.tokens),
+          .w_scales = work.w_scales,
+          .x_scales = work.x_scales,
+          .one_x_scale = work.one_x_scale};
 }
 
 bool skinny_gated_gemm_fits(const GatedGemmArgs& args, const DeviceInfo& device) {
@@ -574,7 +647,23 @@ void skinny_gated_gemm(const GatedGemmArgs& args, const DeviceInfo& device, void
                          .out_dtype = args.quantize ? DType::e4m3 : DType::bf16,
                          .tokens = args.tokens,
                          .x_scale = args.x_scale};
-  launch<true>(product, args.quantize.scale, device, {partials, arrivals}, false, stream);
+  SkinnyGemm work = skinny_gemm_of(product, {partials, arrivals});
+  work.out_scale = args.quantize.scale;
+  launch<Kind::gated>(work, product, device, stream);
+}
+
+bool skinny_surveyed_gemm_fits(const GemmArgs& args, const DeviceInfo& device) {
+  return fits(args, device) && args.out_dtype == DType::f32;
+}
+
+Surveys skinny_surveyed_gemm(const GemmArgs& args, float soft_cap, const SampleArgs& sample, Survey* surveys,
+                             const DeviceInfo& device, void* partials, uint32_t* arrivals, const Stream& stream) {
+  SkinnyGemm work = skinny_gemm_of(args, {partials, arrivals});
+  work.soft_cap = soft_cap;
+  work.tasks = sample.tasks;
+  work.task_count = sample.count;
+  work.surveys = surveys;
+  return {surveys, launch<Kind::surveyed>(work, args, device, stream).blocks, true};
 }
 
 size_t skinny_partial_bytes(const DeviceInfo& device) {

@@ -5,6 +5,7 @@
 
 #include "cuda/ops.h"
 #include "cuda/product_parts.h"
+#include "cuda/survey.h"
 
 namespace gemma_cuda::cuda {
 
@@ -24,6 +25,14 @@ ProductParts skinny_gemm_in_parts(const GemmArgs& args, const DeviceInfo& device
 bool skinny_gated_gemm_fits(const GatedGemmArgs& args, const DeviceInfo& device);
 void skinny_gated_gemm(const GatedGemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals,
                        const Stream& stream);
+// Logits, soft-capped where that is not 0, and what sample() needs to know of their rows, which goes to `surveys`, of
+// which there are skinny_surveys(). Rows of tasks that only pick the likeliest token are not written.
+bool skinny_surveyed_gemm_fits(const GemmArgs& args, const DeviceInfo& device);
+Surveys skinny_surveyed_gemm(const GemmArgs& args, float soft_cap, const SampleArgs& sample, Survey* surveys,
+                             const DeviceInfo& device, void* partials, uint32_t* arrivals, const Stream& stream);
+inline size_t skinny_surveys(uint32_t tokens, const DeviceInfo& device) {
+  return size_t{tokens} * device.multiprocessors;
+}
 size_t skinny_partial_bytes(const DeviceInfo& device);
 constexpr size_t kSkinnyArrivalBytes = size_t{64} << 10;
 

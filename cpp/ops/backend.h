@@ -212,6 +212,8 @@ struct SampleArgs {
   const Adjustment* adjustments;  // of all these tasks together at most `vocab`
   uint32_t first = 0;
   uint32_t count;
+  uint32_t product_rows =
+      0;             // of the last sampled_gemm(), where that made these logits: what it has seen of them holds
   uint32_t max_top;  // the most a task reports, the same for all of a step; up to kTopRoom takes no memory
   uint32_t* last_tokens;
 };
@@ -305,6 +307,14 @@ class Backend {
   virtual void rope_gemm(const GemmArgs& product, const RopeArgs& rope) {
     gemm(product);
     this->rope(rope);
+  }
+  // By gemm(), soft_cap() (where it is not 0) and sample(), whose logits `product` is, unless a backend can do better:
+  // then it may leave out the rows of those that only pick the likeliest token.
+  virtual void sampled_gemm(const GemmArgs& product, float soft_cap, const SampleArgs& sample) {
+    gemm(product);
+    if (soft_cap > 0)
+      this->soft_cap({.x = sample.logits, .rows = product.tokens, .cols = sample.vocab, .cap = soft_cap});
+    this->sample(sample);
   }
   virtual void soft_cap(const SoftCapArgs& args) = 0;
   virtual void quantize(const QuantizeArgs& args) = 0;

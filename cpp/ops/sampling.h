@@ -52,7 +52,7 @@ struct SampleTask {
   float min_p = 0;
   uint32_t top;                                       // how many of the likeliest to report
   uint32_t first_adjustment = 0, end_adjustment = 0;  // of the table's, one a token
-  uint32_t unused = 0;                                // no byte is left to chance
+  uint32_t keeps_logits = 0;                          // 1: the row is read afterwards, whatever the task needs
 
   static constexpr uint32_t kPick = ~0u;
   static constexpr uint32_t kNoRow = ~0u;

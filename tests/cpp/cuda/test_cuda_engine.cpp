@@ -146,6 +146,24 @@ vector<float> logits_of(Engine& engine, const vector<uint32_t>& prompt, bool one
   return logits;
 }
 
+// A step may leave out the logits of a greedy pick, unless somebody asks for them as well.
+void logits_are_there_where_they_are_asked_for() {
+  const auto engine = make_engine(1);
+  vector<StepItem> items;
+  for (uint32_t i = 0; i < 3; ++i)
+    items.push_back({engine->add_sequence(vector<uint32_t>{5 + i, 7, 11}, 3, {}, false), 3, true});
+  items[1].logits = true;
+  for (int step = 0; step < 3; ++step) {
+    const vector<ItemOutput> outputs = engine->step(items);
+    CHECK(outputs[0].logits.empty() && outputs[2].logits.empty());
+    const vector<float>& logits = outputs[1].logits;
+    CHECK(logits.size() == size_t{512} * items[1].tokens);
+    const auto best = std::max_element(logits.end() - 512, logits.end());
+    CHECK(best - (logits.end() - 512) == outputs[1].sampled[0].token);
+    for (StepItem& item : items) item.tokens = 1;
+  }
+}
+
 // What engines with the weights 1 and 2 generate, each alone.
 struct Alone {
   Tokens one = generate(*make_engine(1)), two = generate(*make_engine(2));
@@ -502,6 +520,7 @@ void all() {
   part("dropped with steps under way", [&] { engines_are_dropped_with_steps_under_way(alone); });
   part("memory from the start", memory_is_taken_before_the_first_step);
   part("sampling within a pass and behind it", sampling_is_the_same_within_a_pass_and_behind_it);
+  part("logits beside a pick", logits_are_there_where_they_are_asked_for);
   part("FP8", fp8_engines_repeat_themselves_and_are_near_the_reference);
   part("calibration", calibration_counts_as_the_reference_does);
   part("refusals", what_cannot_be_had_is_refused);

@@ -1,8 +1,11 @@
 // The products of the CUDA backend against the reference backend, at the shapes of real models: by our own kernels and
 // by cuBLASLt, in bf16 and FP8. Outputs are poisoned before, inputs are new each run.
+#include <cmath>
 #include <cstring>
+#include <optional>
 #include <type_traits>
 
+#include "core/sample_plan.h"
 #include "cuda/gemm.h"
 #include "cuda/skinny_gemm.h"
 #include "suite.h"
@@ -175,6 +178,78 @@ class Products : public Suite {
     }
   }
 
+  // Logits that are sampled from: results as from a product and what follows it, one after the other, and every row
+  // that is read by more than the pick of its best.
+  template <class T>
+  void sampled_gemm(uint32_t t, uint32_t vocab, uint32_t k, float soft_cap) {
+    constexpr bool kFp8 = std::is_same_v<T, e4m3>;
+    auto x = elements<T>(size_t{t} * k), w = elements<T>(size_t{vocab} * k);
+    if (t > 6) x.host[size_t{6} * k] = not_a_number<T>();  // this row alone has no result
+    x = both(std::move(x.host));
+    auto w_scales = scales(vocab), x_scales = scales(t);
+    auto logits = both(vector<float>(size_t{t} * vocab, NAN)), logits_apart = both(logits.host);
+    auto last = both(vector<uint32_t>(t, ~0u)), last_apart = both(last.host);
+    SamplePlan plan;
+    vector<bool> read(t, true);
+    const vector<uint32_t> prompt = {1, 2, 3};
+    for (uint32_t r = 0; r < t; ++r) {
+      SamplingConfig config;
+      config.temperature = r % 6 == 3 ? 0.7f : 0.0f;
+      config.top_logprobs = r % 12 == 1 ? 2 : 0;
+      config.repetition_penalty = r % 18 == 12 ? 1.2f : 1.0f;
+      config.seed = r;
+      if (r % 6 == 4) plan.score(r, test::below(vocab), 1);
+      if (r % 6 < 4) plan.pick(r, r, config, prompt, 3, r % 6 == 2);
+      read[r] = r % 6 >= 2 || config.top_logprobs > 0 || config.repetition_penalty != 1;
+    }
+    const uint32_t results = static_cast<uint32_t>(plan.tasks.size());
+    plan.tasks.resize(t, SampleTask::nothing());
+    auto tasks = both(plan.tasks);
+    auto adjustments = both(plan.adjustments);
+    const auto product_to = [&](const Both<float>& out) {
+      GemmArgs product{x.gpu(), {w.gpu(), kFp8 ? DType::e4m3 : DType::bf16, vocab, k}, out.gpu(), DType::f32, t};
+      if (kFp8) product.w.scales = w_scales.gpu(), product.x_scale.row_scales = x_scales.gpu();
+      return product;
+    };
+    const auto sampling = [&](const Both<float>& from, const Both<uint32_t>& to) {
+      return SampleArgs{.logits = from.gpu(),
+                        .vocab = vocab,
+                        .tasks = tasks.gpu(),
+                        .adjustments = adjustments.gpu(),
+                        .count = t,
+                        .max_top = plan.max_top,
+                        .last_tokens = to.gpu()};
+    };
+    const auto finish = [&] {
+      gpu_->start_results(results, plan.max_top);
+      return gpu_->finish_results();
+    };
+    gpu_->sampled_gemm(product_to(logits), soft_cap, sampling(logits, last));
+    const auto got = finish();
+    gpu_->Backend::sampled_gemm(product_to(logits_apart), soft_cap, sampling(logits_apart, last_apart));
+    const auto want = finish();
+    CHECK(got.size() == want.size());
+    for (size_t i = 0; i < want.size(); ++i) {
+      CHECK(got[i].has_value() == want[i].has_value() && want[i].has_value() == (plan.tasks[i].row != 6));
+      if (!want[i].has_value()) continue;
+      CHECK(got[i]->token == want[i]->token && got[i]->top.size() == want[i]->top.size());
+      CHECK(std::abs(got[i]->logprob - want[i]->logprob) < 2e-5f * std::max(1.0f, std::abs(want[i]->logprob)));
+    }
+    CHECK(download(last) == download(last_apart));
+    const bool leaves_out = cuda::skinny_surveyed_gemm_fits(product_to(logits), device_);
+    const vector<float> all = download(logits), all_apart = download(logits_apart);
+    for (uint32_t r = 0; r < t; ++r) {
+      const auto row = [&](const vector<float>& of) {
+        return vector<float>(of.begin() + size_t{r} * vocab, of.begin() + (size_t{r} + 1) * vocab);
+      };
+      if (read[r])
+        CHECK(test::relative_error(row(all), row(all_apart)) < 1e-6);
+      else if (leaves_out)
+        for (float y : row(all)) CHECK(std::isnan(y));
+    }
+    std::printf("  sampled gemm%s %u x %u x %u: equal\n", kFp8 ? ", fp8" : "", t, vocab, k);
+  }
+
   // A product of FP8 with the scales of rows, or one for all of them, of either side.
   struct Fp8Product {
     Both<e4m3> x, w;
@@ -252,6 +327,14 @@ class Products : public Suite {
 
  private:
   template <class T>
+  static T not_a_number() {
+    if constexpr (std::is_same_v<T, e4m3>)
+      return {0x7F};
+    else
+      return to_bf16(NAN);
+  }
+
+  template <class T>
   void own_kernels(const Model& m, uint32_t qkv) {
     skinny_gemm<T>(m.hidden, m.ffn);
     skinny_gemm<T>(qkv + 8, m.hidden);
@@ -265,6 +348,8 @@ class Products : public Suite {
     gated_gemm<T>(5, m.ffn, m.hidden);
     for (uint32_t t : {1u, 13u, 32u, 64u, 200u}) gated_gemm<T>(t, 264, m.hidden);
     gated_rows<T>(m.ffn, m.hidden);
+    for (uint32_t t : {1u, 7u, 16u, 31u, 64u, 70u})
+      sampled_gemm<T>(t, m.vocab / 16 + 3, m.hidden, t % 2 ? 0.0f : 30.0f);
     for (uint32_t t : {65u, 200u, 1100u}) gated_gemm<T>(t, 256, std::max(m.hidden, 640u));
   }
 
