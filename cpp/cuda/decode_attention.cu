@@ -6,16 +6,16 @@
 // captured launch replays with any lengths; a sequence with any other number of new tokens has no tiles here.
 //
 // A warp is on its own: it copies its next tiles into its ring in shared memory (cp.async, running ahead over the ends
-// of rows), and takes them to the tensor cores: S = Q K^T and O = P V with the group's query heads as the 16 rows of
-// the product, so one kernel serves groups of 1 to 16. No barrier but the one after the geometry is computed. A row
-// that lies in one stretch is written out; of a row that is cut each stretch leaves a partial result (maximum, sum,
-// unnormalized output), and a second kernel combines them in a fixed order.
+// of rows), and takes them to the tensor cores: S^T = K Q^T and O^T = V^T P^T with the group's query heads as the eight
+// columns of the product. A group of more is several rows, which read the same tiles. No barrier but the one after the
+// geometry is computed. A row that lies in one stretch is written out; of a row that is cut each stretch leaves a
+// partial result (maximum, sum, unnormalized output), and a second kernel combines them in a fixed order.
 //
 // What earlier steps left in the cache is asked for before the kernel before has ended (launch.cuh); only the tile with
 // the newest token has to wait for it.
 //
 // Reaches, on an H100 that copies 3.01 TB/s, for 64 sequences of 300, 512 and 960 tokens and 16 heads of 256: in
-// bf16 2.58, 2.73 and 2.82 TB/s, in FP8 2.22, 2.46 and 2.66. What lacks is a fixed 13 to 17 us: finding the work, and
+// bf16 2.75, 2.86 and 2.94 TB/s, in FP8 2.44, 2.66 and 2.79. What lacks is a fixed 10 us: finding the work, and
 // combining.
 #include <algorithm>
 #include <cmath>
@@ -45,10 +45,11 @@ struct Decode {
   const uint32_t* kv_len;
   const uint32_t* block_table;
   uint32_t sequences, max_pages, page_size, heads, kv_heads, window;
+  uint32_t shares, queries;  // a group's queries are so many rows, of at most so many queries each
   ScoreScale score;
   AttentionOut out;
-  float* partial;   // [2 stretches][group][HeadDim]
-  float2* weights;  // [2 stretches][group]: maximum (log2 units) and sum
+  float* partial;   // [2 stretches][queries][HeadDim]
+  float2* weights;  // [2 stretches][queries]: maximum (log2 units) and sum
   uint32_t stretches;
 };
 
@@ -56,6 +57,9 @@ struct Decode {
 __device__ float out_factor(const Decode& args, uint32_t head) {
   return args.out.factor() * (args.value_scales != nullptr ? args.value_scales[head] : 1.0f);
 }
+
+// Rows of a sequence.
+__device__ uint32_t rows(const Decode& args) { return args.kv_heads * args.shares; }
 
 struct Range {  // of the tokens a sequence's new token sees
   uint32_t first, end;
@@ -100,28 +104,37 @@ __device__ uint32_t stretch_length(uint32_t tiles, uint32_t stretches) {
 // Walks a stretch of the line tile by tile.
 struct Cursor {
   uint32_t at, end;  // tiles of the line
-  uint32_t sequence, head;
+  uint32_t sequence, kv_head;
+  uint32_t query, queries;      // the first of its heads that the row is of, and how many there are
   uint32_t row_begin, row_end;  // tiles of the line
   Range tokens;
 
   __device__ bool done() const { return at >= end; }
   // The row that tile `at` lies in.
   __device__ void find(const Decode& args, const uint32_t* before) {
-    uint32_t low = 0, high = args.sequences;  // before[low] * kv_heads <= at < before[high] * kv_heads
+    uint32_t low = 0, high = args.sequences;  // before[low] * rows <= at < before[high] * rows
     while (high - low > 1) {
       const uint32_t middle = (low + high) / 2;
-      (before[middle] * args.kv_heads <= at ? low : high) = middle;
+      (before[middle] * rows(args) <= at ? low : high) = middle;
     }
     const uint32_t tiles = before[low + 1] - before[low];
-    const uint32_t begin = before[low] * args.kv_heads;
+    const uint32_t begin = before[low] * rows(args);
     sequence = low;
-    head = (at - begin) / tiles;
-    row_begin = begin + head * tiles;
+    const uint32_t row = (at - begin) / tiles, group = args.heads / args.kv_heads;
+    const uint32_t share = row % args.shares * args.queries;
+    kv_head = row / args.shares;
+    query = kv_head * group + share;
+    queries = min(args.queries, group - share);
+    row_begin = begin + row * tiles;
     row_end = row_begin + tiles;
     tokens = range(args, sequence);
   }
   __device__ void next(const Decode& args, const uint32_t* before) {
     if (++at == row_end && at < end) find(args, before);
+  }
+  // Where the row's first query is among those of all tokens.
+  __device__ size_t first_row(const Decode& args) const {
+    return size_t{args.cu_seqlens[sequence]} * args.heads + query;
   }
   __device__ uint32_t first_token() const { return (tokens.first_tile() + at - row_begin) * kTileTokens; }
   // Whether the tile has the token of this step, the row's last.
@@ -136,7 +149,7 @@ __device__ void fetch(const Decode& args, const Cursor& cursor, uint32_t stage, 
   const uint32_t token = cursor.first_token() + lane % kTileTokens;
   const bool there = token >= cursor.tokens.first && token < cursor.tokens.end;
   const uint32_t page = there ? args.block_table[size_t{cursor.sequence} * args.max_pages + token / args.page_size] : 0;
-  const uint64_t row = (uint64_t{page} * args.kv_heads + cursor.head) * args.page_size + token % args.page_size;
+  const uint64_t row = (uint64_t{page} * args.kv_heads + cursor.kv_head) * args.page_size + token % args.page_size;
   const int64_t mine = there ? static_cast<int64_t>(row * Rows::kRowBytes) : -1;
 #pragma unroll
   for (int i = 0; i < kTileTokens; i += kRows) {
@@ -150,29 +163,28 @@ __device__ void fetch(const Decode& args, const Cursor& cursor, uint32_t stage, 
   }
 }
 
-// The queries of a group as A fragments; rows past the group are zero.
+// The queries of a row as B fragments; columns past them are zero.
 template <int HeadDim, class Cache>
-__device__ void load_queries(const Decode& args, const Cursor& cursor, uint32_t (&q)[HeadDim / 16][4], int lane) {
+__device__ void load_queries(const Decode& args, const Cursor& cursor, uint32_t (&q)[HeadDim / 16][2], int lane) {
   using Tile = CacheTile<HeadDim, Cache>;
-  const uint32_t group = args.heads / args.kv_heads, row = lane / 4;
-  const bf16_t* from = args.q + (size_t{args.cu_seqlens[cursor.sequence]} * args.heads + cursor.head * group) * HeadDim;
-  auto pair = [&](uint32_t r, int column) {
-    return r < group ? Tile::Type::of_bf16(*reinterpret_cast<const uint32_t*>(from + size_t{r} * HeadDim + column))
-                     : 0u;
-  };
+  const uint32_t query = lane / 4;
+  const bool there = query < cursor.queries;
+  const bf16_t* from = args.q + (cursor.first_row(args) + query) * HeadDim;
 #pragma unroll
   for (int k = 0; k < HeadDim / 16; ++k)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) q[k][i] = pair(row + i % 2 * 8, Tile::query_column(k, i / 2, lane));
+    for (int i = 0; i < 2; ++i)
+      q[k][i] =
+          there ? Tile::Type::of_bf16(*reinterpret_cast<const uint32_t*>(from + Tile::query_column(k, i, lane))) : 0u;
 }
 
-// Running softmax of the group's heads over the tiles of a row.
+// Running softmax of a row's queries over its tiles.
 template <int HeadDim, class Cache>
 struct State {
   using Tile = CacheTile<HeadDim, Cache>;
   ScoreScale score;
-  float out[HeadDim / 8][4];
-  float best[2], sum[2];  // of rows lane / 4 and that + 8; a lane's own share of the sum
+  float out[HeadDim / 16][4];
+  float best[2], sum[2];  // of queries 2 (lane % 4) and the next; a lane's own share of the sum
 
   __device__ void clear(const Decode& args, uint32_t head) {
     score = args.score;
@@ -183,61 +195,77 @@ struct State {
     sum[0] = sum[1] = 0;
   }
 
-  __device__ void add(const uint32_t (&q)[HeadDim / 16][4], uint32_t stage, uint32_t first_token, Range tokens,
+  __device__ void add(const uint32_t (&q)[HeadDim / 16][2], uint32_t stage, uint32_t first_token, Range tokens,
                       int lane) {
-    float scores[2][4] = {};
+    float scores[4] = {};
     Tile::multiply_keys(scores, q, stage, lane);
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t token = first_token + Tile::token(n, i, lane);
-        scores[n][i] = token >= tokens.first && token < tokens.end ? score(scores[n][i]) : -INFINITY;
-      }
-#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float top = fmaxf(fmaxf(scores[0][2 * half], scores[0][2 * half + 1]),
-                        fmaxf(scores[1][2 * half], scores[1][2 * half + 1]));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      top = fmaxf(top, best[half]);  // finite: every tile has a token in the range
-      const float shrink = fast_exp2(best[half] - top);
-      best[half] = top;
-      sum[half] *= shrink;
+      const uint32_t token = first_token + Tile::token(half, lane);
+      const bool seen = token >= tokens.first && token < tokens.end;
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) sum[half] += scores[n][i] = fast_exp2(scores[n][i] - top);
-#pragma unroll
-      for (auto& fragment : out) {
-        fragment[2 * half] *= shrink;
-        fragment[2 * half + 1] *= shrink;
-      }
+      for (int i = 2 * half; i < 2 * half + 2; ++i) scores[i] = seen ? score(scores[i]) : -INFINITY;
     }
-    uint32_t p[4];
-    narrow(typename Tile::Type{}, p, scores, 0);
+    const float top[2] = {largest(fmaxf(scores[0], scores[2])), largest(fmaxf(scores[1], scores[3]))};
+    if (__any_sync(~0u, top[0] > best[0] || top[1] > best[1])) raise(top);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i % 2] += scores[i] = fast_exp2(scores[i] - best[i % 2]);
+    using Type = typename Tile::Type;
+    const uint32_t p[2] = {transpose(Type::pack(scores[0], scores[1])), transpose(Type::pack(scores[2], scores[3]))};
     Tile::multiply_values(out, p, stage + kTileTokens * Tile::Rows::kRowBytes, lane);
   }
 
-  // A whole row's result, or this stretch's part of it.
+  // A row's results are divided by its mass, a part of it is left for the combination.
   __device__ void finish(const Decode& args, const Cursor& cursor, bool whole, uint32_t slot, int lane) {
-    const uint32_t group = args.heads / args.kv_heads;
+    const int queries = cursor.queries;
+    float mass[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
-      sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
-      const uint32_t row = lane / 4 + 8 * half;
-      if (row >= group) continue;
-      if (whole) {
-        const size_t to = (size_t{args.cu_seqlens[cursor.sequence]} * args.heads + cursor.head * group + row) * HeadDim;
-        const float factor = out_factor(args, cursor.head) / sum[half];
-        Tile::each_run(out, half, lane, [&](int column, auto x) { args.out.store(to + column, x * factor); });
-      } else {
-        float* to = args.partial + (size_t{slot} * group + row) * HeadDim;
-        Tile::each_run(out, half, lane, [&](int column, auto x) { *reinterpret_cast<decltype(x)*>(to + column) = x; });
-        if (lane % 4 == 0) args.weights[size_t{slot} * group + row] = make_float2(best[half], sum[half]);
-      }
+    for (int i = 0; i < 2; ++i) mass[i] = total(sum[i]);
+    if (whole) {
+      const size_t to = cursor.first_row(args);
+      const float all = out_factor(args, cursor.kv_head);
+      const float factor[2] = {all / mass[0], all / mass[1]};
+      Tile::each_run(out, lane, [&](int query, int column, auto x) {
+        if (query < queries)
+          args.out.store((to + query) * HeadDim + column, x * (query % 2 == 0 ? factor[0] : factor[1]));
+      });
+    } else {
+      Tile::each_run(out, lane, [&](int query, int column, auto x) {
+        float* to = args.partial + (size_t{slot} * args.queries + query) * HeadDim + column;
+        if (query < queries) *reinterpret_cast<decltype(x)*>(to) = x;
+      });
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (lane / 4 == i && lane % 4 * 2 + i < queries)
+          args.weights[size_t{slot} * args.queries + lane % 4 * 2 + i] = make_float2(best[i], mass[i]);
     }
+  }
+
+ private:
+  __device__ void raise(const float (&top)[2]) {
+    float shrink[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float higher = fmaxf(best[i], top[i]);  // finite: every tile has a token in the range
+      shrink[i] = fast_exp2(best[i] - higher);
+      best[i] = higher;
+      sum[i] *= shrink[i];
+    }
+#pragma unroll
+    for (auto& fragment : out)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fragment[i] *= shrink[i % 2];
+  }
+  // Over the eight lanes of a query.
+  __device__ static float largest(float x) {
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, lanes));
+    return x;
+  }
+  __device__ static float total(float x) {
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) x += __shfl_xor_sync(~0u, x, lanes);
+    return x;
   }
 };
 
@@ -251,7 +279,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) decode_kernel(Decode args) {
   allow_next();
   lay_out(args, before);  // reads tables only, which are older than the kernel before
 
-  const uint32_t tiles = before[args.sequences] * args.kv_heads, stretch = blockIdx.x * warps + warp;
+  const uint32_t tiles = before[args.sequences] * rows(args), stretch = blockIdx.x * warps + warp;
   const uint32_t length = stretch_length(tiles, args.stretches), begin = min(tiles, stretch * length);
   Cursor here{.at = begin, .end = min(tiles, begin + length)};
   if (!here.done()) here.find(args, before);
@@ -269,13 +297,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32) decode_kernel(Decode args) {
   if (here.done()) return;
   while (fetched < kStages - 1) fetch_next(fetched++);
 
-  uint32_t q[HeadDim / 16][4];
+  uint32_t q[HeadDim / 16][2];
   State<HeadDim, Cache> state;
   uint32_t piece = here.at;  // where this stretch's part of the row begins
   for (uint32_t turn = 0; !here.done(); ++turn) {
     if (here.at == piece) {
       load_queries<HeadDim, Cache>(args, here, q, lane);
-      state.clear(args, here.head);
+      state.clear(args, here.kv_head);
     }
     wait_copies<kStages - 2>();
     __syncwarp();  // every lane's copies are there, and the stage filled next has been read, in the turn before
@@ -320,27 +348,27 @@ __global__ void __launch_bounds__(kSets* kCombineColumns<HeadDim>) combine_kerne
   __shared__ Weighed others[kColumns];
   allow_next();
   lay_out(args, before);
-  const uint32_t tiles = before[args.sequences] * args.kv_heads, length = stretch_length(tiles, args.stretches);
+  const uint32_t tiles = before[args.sequences] * rows(args), length = stretch_length(tiles, args.stretches);
   Cursor row{};
   bool mine;
   if (by_stretch) {
     row.at = (blockIdx.x + 1) * length - 1;
     mine = row.at < tiles;
   } else {
-    const uint32_t sequence = blockIdx.x / args.kv_heads, row_tiles = before[sequence + 1] - before[sequence];
-    row.at = before[sequence] * args.kv_heads + blockIdx.x % args.kv_heads * row_tiles;
+    const uint32_t sequence = blockIdx.x / rows(args), row_tiles = before[sequence + 1] - before[sequence];
+    row.at = before[sequence] * rows(args) + blockIdx.x % rows(args) * row_tiles;
     mine = row_tiles > 0;
   }
   if (mine) row.find(args, before);
   const uint32_t first = row.row_begin / length, last = (row.row_end - 1) / length;
-  mine = mine && first != last && (!by_stretch || first == blockIdx.x);
+  mine = mine && first != last && (!by_stretch || first == blockIdx.x) && blockIdx.y < row.queries;
   wait_for_last();
   if (!mine) return;
-  const uint32_t group = args.heads / args.kv_heads, parts = last - first + 1;
+  const uint32_t parts = last - first + 1;
   const uint32_t set = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
   const bool within = column < HeadDim / 4;
   const auto at = [&](uint32_t part) {
-    return size_t{2 * (first + part) + (part == 0 && row.row_begin % length != 0 ? 1 : 0)} * group + blockIdx.y;
+    return size_t{2 * (first + part) + (part == 0 && row.row_begin % length != 0 ? 1 : 0)} * args.queries + blockIdx.y;
   };
   Weighed mean;
   for (uint32_t from = set; from < parts; from += kSets * kPartsAtOnce) {
@@ -360,8 +388,8 @@ __global__ void __launch_bounds__(kSets* kCombineColumns<HeadDim>) combine_kerne
   __syncthreads();
   if (set > 0 || !within) return;
   mean.add({others[column].best, others[column].mass}, others[column].sum);
-  const size_t out = size_t{args.cu_seqlens[row.sequence]} * args.heads + row.head * group + blockIdx.y;
-  args.out.store(out * HeadDim + 4 * column, mean.sum * (out_factor(args, row.head) / mean.mass));
+  const size_t out = row.first_row(args) + blockIdx.y;
+  args.out.store(out * HeadDim + 4 * column, mean.sum * (out_factor(args, row.kv_head) / mean.mass));
 }
 
 constexpr int kStaticShared = 256;  // bytes that decode_kernel has besides, at most
@@ -389,9 +417,8 @@ void launch(Decode args, const DeviceInfo& device, const Stream& stream) {
   args.stretches = blocks * s.warps;
   allow_shared(decode_kernel<HeadDim, Cache>, device.shared_memory - kStaticShared);
   launch_early(stream, blocks, s.warps * 32, s.shared, decode_kernel<HeadDim, Cache>, args);
-  const uint32_t group = args.heads / args.kv_heads;
-  const uint32_t rows = args.sequences * args.kv_heads;
-  launch_early(stream, dim3(std::min(rows, args.stretches), group), kSets * kCombineColumns<HeadDim>,
+  const uint32_t rows = args.sequences * args.kv_heads * args.shares;
+  launch_early(stream, dim3(std::min(rows, args.stretches), args.queries), kSets * kCombineColumns<HeadDim>,
                (args.sequences + 1) * sizeof(uint32_t), combine_kernel<HeadDim>, args, rows > args.stretches);
 }
 
@@ -410,7 +437,7 @@ size_t decode_scratch_bytes(const DeviceInfo& device, uint32_t head_dim, uint32_
 }
 
 void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* scratch, const Stream& stream) {
-  const uint32_t group = args.heads / args.cache.kv_heads;
+  const uint32_t group = args.heads / args.cache.kv_heads, shares = (group + kTileQueries - 1) / kTileQueries;
   float2* weights = static_cast<float2*>(scratch);
   const Decode decode{.q = static_cast<const bf16_t*>(args.q),
                       .keys = args.cache.keys,
@@ -426,6 +453,8 @@ void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void*
                       .heads = args.heads,
                       .kv_heads = args.cache.kv_heads,
                       .window = args.window,
+                      .shares = shares,
+                      .queries = (group + shares - 1) / shares,
                       .score = ScoreScale::of(args.scale, args.soft_cap),
                       .out = {args.out, args.quantize.scale},
                       .partial = reinterpret_cast<float*>(weights + size_t{2} * most_stretches(device) * group),

@@ -86,6 +86,13 @@ __device__ inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t addr
                : "memory");
 }
 
+// An 8x8 matrix of 16 bits, transposed: a lane has two neighbours of row lane / 4.
+__device__ inline uint32_t transpose(uint32_t pair) {
+  uint32_t to;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(to) : "r"(pair));
+  return to;
+}
+
 // 2^x to within two units in the last place; 0 where that is below 2^-126.
 __device__ inline float fast_exp2(float x) {
   float y;
