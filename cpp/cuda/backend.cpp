@@ -86,7 +86,7 @@ Names names(const DeviceInfo& device) {
 uint64_t workspace_of(const DeviceInfo& device, const WorkLimits& limits) {
   return Gemm::kReservedBytes + PinnedRing::kPieceBytes +
          Sampler::reserved_bytes(limits.logit_rows, limits.vocab, device) +
-         decode_scratch_bytes(device, limits.head_dim, limits.group);
+         decode_scratch_bytes(device, limits.head_dim, limits.group) + decode_arrival_bytes(device);
 }
 
 // Launches on the stream it was recorded from.
@@ -156,12 +156,13 @@ class CudaBackend final : public Backend {
     ring_.reserve();
     sampler_.reserve(limits.logit_rows, limits.vocab, device_, stream_);
     decode_scratch_.get<char>(decode_scratch_bytes(device_, limits.head_dim, limits.group));
+    decode_arrivals();
   }
 
   MemoryUse memory() const override {
     // Scratch memory only grows, so what there is now is the most there was.
-    const uint64_t scratch =
-        gemm_->device_bytes() + decode_scratch_.bytes() + ring_.device_bytes() + sampler_.device_bytes();
+    const uint64_t scratch = gemm_->device_bytes() + decode_scratch_.bytes() + decode_arrivals_.bytes() +
+                             ring_.device_bytes() + sampler_.device_bytes();
     return {buffers_.now + scratch, buffers_.peak + scratch};
   }
 
@@ -258,7 +259,7 @@ class CudaBackend final : public Backend {
   void attention(const AttentionArgs& args) override {
     on_device([&] {
       const size_t scratch = decode_scratch_bytes(device_, args.cache.head_dim, args.heads / args.cache.kv_heads);
-      decode_attention(args, device_, decode_scratch_.get<char>(scratch), stream());
+      decode_attention(args, device_, decode_scratch_.get<char>(scratch), decode_arrivals(), stream());
       if (args.tiles > 0) prefill_attention(args, device_, stream());
     });
   }
@@ -284,6 +285,11 @@ class CudaBackend final : public Backend {
   }
 
  private:
+  uint32_t* decode_arrivals() {
+    const size_t bytes = decode_arrival_bytes(device_);
+    if (decode_arrivals_.bytes() == 0) GEMMA_CUDA_CHECK(cudaMemset(decode_arrivals_.get<char>(bytes), 0, bytes));
+    return decode_arrivals_.get<uint32_t>(0);
+  }
   Stream stream() const { return {stream_, device_.capability >= 90}; }
 
   template <class F>
@@ -295,7 +301,7 @@ class CudaBackend final : public Backend {
   const DeviceInfo device_;
   const Names names_;
   cudaStream_t stream_ = nullptr;
-  DeviceScratch decode_scratch_;
+  DeviceScratch decode_scratch_, decode_arrivals_;
   MemoryUse buffers_;
   std::unique_ptr<Gemm> gemm_;
   PinnedRing ring_;

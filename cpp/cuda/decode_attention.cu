@@ -2,24 +2,27 @@
 //
 // What bounds it is the reading of K and V, each once, so the work is cut by bytes: every (sequence, K/V head) is a row
 // of tiles of 16 tokens, all rows laid end to end make one line, and the line is cut into equal stretches, one a warp,
-// wherever the cuts fall. Lengths, however different, need no other balancing. They are read on the device, so that a
-// captured launch replays with any lengths; a sequence with any other number of new tokens has no tiles here.
+// wherever the cuts fall. Lengths, however different, need no other balancing. Where there are fewer rows than blocks,
+// each has some blocks of its own, whose warps have even shares of it: what they find comes together in shared memory.
+// Lengths are read on the device, so that a captured launch replays with any; a sequence with any other number of new
+// tokens has no tiles here.
 //
 // A warp is on its own: it copies its next tiles into its ring in shared memory (cp.async, running ahead over the ends
 // of rows), and takes them to the tensor cores: S^T = K Q^T and O^T = V^T P^T with the group's query heads as the eight
 // columns of the product. A group of more is several rows, which read the same tiles. No barrier but the one after the
-// geometry is computed. A row that lies in one stretch is written out; of a row that is cut each stretch leaves a
-// partial result (maximum, sum, unnormalized output), and a second kernel combines them in a fixed order.
+// geometry is computed and those of rows apart. Of a row each warp leaves a part of the result (maximum, sum,
+// unnormalized output), and the last combines them in a fixed order, whichever warp that is. No block waits for
+// another.
 //
 // What earlier steps left in the cache is asked for before the kernel before has ended (launch.cuh); only the tile with
-// the newest token has to wait for it.
+// the newest token has to wait for it. Code is kept short: every layer reads it anew.
 //
 // Reaches, on an H100 that copies 3.01 TB/s, for 64 sequences of 300, 512 and 960 tokens and 16 heads of 256: in
-// bf16 2.75, 2.86 and 2.94 TB/s, in FP8 2.44, 2.66 and 2.79. What lacks is a fixed 10 us: finding the work, and
-// combining.
+// bf16 2.86, 2.94 and 3.00 TB/s, in FP8 2.58, 2.72 and 2.84.
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/arrival.cuh"
 #include "cuda/decode_tiles.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ops.h"
@@ -28,12 +31,18 @@
 namespace gemma_cuda::cuda {
 namespace {
 
-constexpr int kStages = 3;
-constexpr int kMaxWarps = 4;         // a block
-constexpr uint32_t kLeastTiles = 2;  // in a stretch: shorter ones cost more to combine than they save
+constexpr int kMaxWarps = 8;  // a block
 
 template <int HeadDim, class Cache>
 constexpr uint32_t stage_bytes = 2 * kTileTokens* HeadDim * sizeof(Cache);
+// Of a warp's ring: of long ones two, so that there is room for more warps.
+template <int HeadDim, class Cache>
+constexpr int stages = stage_bytes<HeadDim, Cache> > 8192 ? 2 : 3;
+// That are tried. Six with two stages of 16 KiB are faster in a step than seven, which fill shared memory.
+template <int HeadDim, class Cache>
+constexpr int most_warps = stages<HeadDim, Cache> == 2 ? 6 : kMaxWarps;
+template <int HeadDim>
+constexpr int most_blocks = HeadDim > 128 ? 1 : 2;  // a multiprocessor
 
 struct Decode {
   const bf16_t* q;
@@ -48,8 +57,9 @@ struct Decode {
   uint32_t shares, queries;  // a group's queries are so many rows, of at most so many queries each
   ScoreScale score;
   AttentionOut out;
-  float* partial;   // [2 stretches][queries][HeadDim]
-  float2* weights;  // [2 stretches][queries]: maximum (log2 units) and sum
+  float* partial;      // [2 stretches][queries][HeadDim]
+  float2* weights;     // [2 stretches][queries]: maximum (log2 units) and sum
+  uint32_t* arrivals;  // [stretches], of the row whose first part it has
   uint32_t stretches;
 };
 
@@ -73,14 +83,34 @@ __device__ Range range(const Decode& args, uint32_t sequence) {
   return {args.window != 0 && end > args.window ? end - args.window : 0, end};
 }
 
-// Prefix sums of the sequences' tiles (of one head) into `before`, [sequences + 1], by the whole block.
-__device__ void lay_out(const Decode& args, uint32_t* before) {
+// The most tiles of a row for a block if every row has blocks of its own. 0 where there are not blocks enough for that,
+// or some would have over a tile a warp more than an even share.
+__device__ uint32_t tiles_a_block(const Decode& args, uint32_t least) {
+  if (args.sequences * rows(args) > gridDim.x) return 0;
+  const uint32_t warps = blockDim.x / 32, lane = threadIdx.x % 32;
+  uint32_t tiles = 0;
+  for (uint32_t sequence = lane; sequence < args.sequences; sequence += 32) tiles += range(args, sequence).tiles();
+  tiles = __reduce_add_sync(~0u, tiles) * rows(args);
+  const uint32_t even = max(least * warps, (tiles + gridDim.x - 1) / gridDim.x);
+  for (uint32_t most = even; most <= even + warps; most += (warps + 1) / 2) {
+    uint32_t blocks = 0;
+    for (uint32_t sequence = lane; sequence < args.sequences; sequence += 32)
+      blocks += (range(args, sequence).tiles() + most - 1) / most;
+    if (__reduce_add_sync(~0u, blocks) * rows(args) <= gridDim.x) return most;
+  }
+  return 0;
+}
+
+// Prefix sums over the sequences into `before`, [sequences + 1], by the whole block: of the tiles of a row, or, if a
+// block takes at most so many of one, of its blocks.
+__device__ void lay_out(const Decode& args, uint32_t most, uint32_t* before) {
   __shared__ uint32_t sums[32];
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   uint32_t total = 0;
   for (uint32_t base = 0; base < args.sequences; base += blockDim.x) {
     const uint32_t sequence = base + threadIdx.x;
     uint32_t sum = sequence < args.sequences ? range(args, sequence).tiles() : 0;
+    if (most != 0) sum = (sum + most - 1) / most;
     for (int offset = 1; offset < 32; offset *= 2) {
       const uint32_t left = __shfl_up_sync(~0u, sum, offset);
       if (lane >= offset) sum += left;
@@ -97,79 +127,94 @@ __device__ void lay_out(const Decode& args, uint32_t* before) {
   __syncthreads();
 }
 
-__device__ uint32_t stretch_length(uint32_t tiles, uint32_t stretches) {
-  return max((tiles + stretches - 1) / stretches, kLeastTiles);
-}
-
-// Walks a stretch of the line tile by tile.
-struct Cursor {
-  uint32_t at, end;  // tiles of the line
+// A row, and where in the line of all rows' tiles, or blocks, its own are.
+struct Row {
   uint32_t sequence, kv_head;
-  uint32_t query, queries;      // the first of its heads that the row is of, and how many there are
-  uint32_t row_begin, row_end;  // tiles of the line
+  uint32_t query, queries;  // the first of its heads that the row is of, and how many there are
+  uint32_t begin, count;
   Range tokens;
 
-  __device__ bool done() const { return at >= end; }
-  // The row that tile `at` lies in.
-  __device__ void find(const Decode& args, const uint32_t* before) {
+  // The one that has number `at` of the line.
+  __device__ void find(const Decode& args, const uint32_t* before, uint32_t at) {
     uint32_t low = 0, high = args.sequences;  // before[low] * rows <= at < before[high] * rows
     while (high - low > 1) {
       const uint32_t middle = (low + high) / 2;
       (before[middle] * rows(args) <= at ? low : high) = middle;
     }
-    const uint32_t tiles = before[low + 1] - before[low];
-    const uint32_t begin = before[low] * rows(args);
-    sequence = low;
-    const uint32_t row = (at - begin) / tiles, group = args.heads / args.kv_heads;
+    count = before[low + 1] - before[low];
+    begin = before[low] * rows(args);
+    const uint32_t row = (at - begin) / count, group = args.heads / args.kv_heads;
     const uint32_t share = row % args.shares * args.queries;
+    begin += row * count;
+    sequence = low;
     kv_head = row / args.shares;
     query = kv_head * group + share;
     queries = min(args.queries, group - share);
-    row_begin = begin + row * tiles;
-    row_end = row_begin + tiles;
     tokens = range(args, sequence);
+  }
+  // Where its first query is among those of all tokens.
+  __device__ size_t first(const Decode& args) const { return size_t{args.cu_seqlens[sequence]} * args.heads + query; }
+};
+
+// Walks a warp's tiles: a stretch of the line, or a part of one row.
+struct Cursor {
+  uint32_t at = 0, end = 0;  // tiles of the line, or of the row
+  uint32_t row_begin = 0, row_end = 0;
+  Row row;
+
+  __device__ bool done() const { return at >= end; }
+  __device__ void find(const Decode& args, const uint32_t* before) {
+    row.find(args, before, at);
+    row_begin = row.begin;
+    row_end = row.begin + row.count;
   }
   __device__ void next(const Decode& args, const uint32_t* before) {
     if (++at == row_end && at < end) find(args, before);
   }
-  // Where the row's first query is among those of all tokens.
-  __device__ size_t first_row(const Decode& args) const {
-    return size_t{args.cu_seqlens[sequence]} * args.heads + query;
-  }
-  __device__ uint32_t first_token() const { return (tokens.first_tile() + at - row_begin) * kTileTokens; }
+  __device__ uint32_t first_token() const { return (row.tokens.first_tile() + at - row_begin) * kTileTokens; }
   // Whether the tile has the token of this step, the row's last.
-  __device__ bool newest() const { return first_token() + kTileTokens >= tokens.end; }
+  __device__ bool newest() const { return first_token() + kTileTokens >= row.tokens.end; }
 };
 
 // Starts the copies of a tile's K and V rows; tokens outside the range become zeros.
 template <int HeadDim, class Cache>
 __device__ void fetch(const Decode& args, const Cursor& cursor, uint32_t stage, int lane) {
   using Rows = typename CacheTile<HeadDim, Cache>::Rows;
-  constexpr int kChunks = Rows::kChunks, kLanes = kChunks < 32 ? kChunks : 32, kRows = 32 / kLanes;
-  const uint32_t token = cursor.first_token() + lane % kTileTokens;
-  const bool there = token >= cursor.tokens.first && token < cursor.tokens.end;
-  const uint32_t page = there ? args.block_table[size_t{cursor.sequence} * args.max_pages + token / args.page_size] : 0;
-  const uint64_t row = (uint64_t{page} * args.kv_heads + cursor.kv_head) * args.page_size + token % args.page_size;
-  const int64_t mine = there ? static_cast<int64_t>(row * Rows::kRowBytes) : -1;
-#pragma unroll
-  for (int i = 0; i < kTileTokens; i += kRows) {
-    const int at = i + lane / kLanes, chunk = lane % kLanes;
-    const int64_t from = __shfl_sync(~0u, mine, at);
-    if (kRows > kTileTokens && at >= kTileTokens) break;
-    const size_t offset = (from < 0 ? 0 : from) + chunk * 16;
+  constexpr int kChunks = Rows::kChunks, kLanes = kChunks < 32 ? kChunks : 32;
+  constexpr int kRows = 32 / kLanes < kTileTokens ? 32 / kLanes : kTileTokens;
+  const Range tokens = cursor.row.tokens;
+  const uint32_t first = cursor.first_token(), chunk = lane % kLanes;
+  const uint32_t* pages = args.block_table + size_t{cursor.row.sequence} * args.max_pages;
+  const auto row_of = [&](uint32_t token) {
+    const uint64_t page = pages[token / args.page_size];
+    return (page * args.kv_heads + cursor.row.kv_head) * args.page_size + token % args.page_size;
+  };
+  const auto copy = [&](uint32_t at, uint64_t row) {
+    const bool there = first + at >= tokens.first && first + at < tokens.end;
+    const uint64_t offset = row * Rows::kRowBytes + chunk * 16;
     const uint32_t to = Rows::chunk(stage, at, chunk);
-    copy_async(to, static_cast<const char*>(args.keys) + offset, from >= 0);
-    copy_async(to + kTileTokens * Rows::kRowBytes, static_cast<const char*>(args.values) + offset, from >= 0);
+    copy_async(to, static_cast<const char*>(args.keys) + offset, there);
+    copy_async(to + kTileTokens * Rows::kRowBytes, static_cast<const char*>(args.values) + offset, there);
+  };
+  if (lane >= kRows * kLanes) return;
+  if (args.page_size % kTileTokens == 0) {  // a tile lies in one page
+    const uint64_t row = row_of(first) + lane / kLanes;
+#pragma unroll
+    for (uint32_t i = 0; i < kTileTokens; i += kRows) copy(i + lane / kLanes, row + i);
+  } else {
+#pragma unroll 1
+    for (uint32_t at = lane / kLanes; at < kTileTokens; at += kRows)
+      copy(at, row_of(min(max(first + at, tokens.first), tokens.end - 1)));
   }
 }
 
 // The queries of a row as B fragments; columns past them are zero.
 template <int HeadDim, class Cache>
-__device__ void load_queries(const Decode& args, const Cursor& cursor, uint32_t (&q)[HeadDim / 16][2], int lane) {
+__device__ void load_queries(const Decode& args, const Row& row, uint32_t (&q)[HeadDim / 16][2], int lane) {
   using Tile = CacheTile<HeadDim, Cache>;
   const uint32_t query = lane / 4;
-  const bool there = query < cursor.queries;
-  const bf16_t* from = args.q + (cursor.first_row(args) + query) * HeadDim;
+  const bool there = query < row.queries;
+  const bf16_t* from = args.q + (row.first(args) + query) * HeadDim;
 #pragma unroll
   for (int k = 0; k < HeadDim / 16; ++k)
 #pragma unroll
@@ -199,12 +244,14 @@ struct State {
                       int lane) {
     float scores[4] = {};
     Tile::multiply_keys(scores, q, stage, lane);
+    if (score.cap > 0) cap(scores);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t token = first_token + Tile::token(half, lane);
       const bool seen = token >= tokens.first && token < tokens.end;
 #pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) scores[i] = seen ? score(scores[i]) : -INFINITY;
+      for (int i = 2 * half; i < 2 * half + 2; ++i)
+        scores[i] = seen ? score.cap > 0 ? scores[i] : scores[i] * score.scale : -INFINITY;
     }
     const float top[2] = {largest(fmaxf(scores[0], scores[2])), largest(fmaxf(scores[1], scores[3]))};
     if (__any_sync(~0u, top[0] > best[0] || top[1] > best[1])) raise(top);
@@ -215,33 +262,23 @@ struct State {
     Tile::multiply_values(out, p, stage + kTileTokens * Tile::Rows::kRowBytes, lane);
   }
 
-  // A row's results are divided by its mass, a part of it is left for the combination.
-  __device__ void finish(const Decode& args, const Cursor& cursor, bool whole, uint32_t slot, int lane) {
-    const int queries = cursor.queries;
-    float mass[2];
+  __device__ void leave(float* sums, float2* weights, uint32_t queries, int lane) const {
+    Tile::each_run(out, lane, [&](uint32_t query, int column, auto x) {
+      if (query < queries) *reinterpret_cast<decltype(x)*>(sums + query * HeadDim + column) = x;
+    });
 #pragma unroll
-    for (int i = 0; i < 2; ++i) mass[i] = total(sum[i]);
-    if (whole) {
-      const size_t to = cursor.first_row(args);
-      const float all = out_factor(args, cursor.kv_head);
-      const float factor[2] = {all / mass[0], all / mass[1]};
-      Tile::each_run(out, lane, [&](int query, int column, auto x) {
-        if (query < queries)
-          args.out.store((to + query) * HeadDim + column, x * (query % 2 == 0 ? factor[0] : factor[1]));
-      });
-    } else {
-      Tile::each_run(out, lane, [&](int query, int column, auto x) {
-        float* to = args.partial + (size_t{slot} * args.queries + query) * HeadDim + column;
-        if (query < queries) *reinterpret_cast<decltype(x)*>(to) = x;
-      });
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (lane / 4 == i && lane % 4 * 2 + i < queries)
-          args.weights[size_t{slot} * args.queries + lane % 4 * 2 + i] = make_float2(best[i], mass[i]);
+    for (uint32_t i = 0; i < 2; ++i) {
+      const float mass = total(sum[i]);
+      const uint32_t query = lane % 4 * 2 + i;
+      if (lane / 4 == 0 && query < queries) weights[query] = make_float2(best[i], mass);
     }
   }
 
  private:
+  __device__ void cap(float (&scores)[4]) const {
+#pragma unroll
+    for (float& x : scores) x = score(x);
+  }
   __device__ void raise(const float (&top)[2]) {
     float shrink[2];
 #pragma unroll
@@ -269,157 +306,246 @@ struct State {
   }
 };
 
-template <int HeadDim, class Cache>
-__global__ void __launch_bounds__(kMaxWarps * 32) decode_kernel(Decode args) {
-  extern __shared__ __align__(128) char memory[];
-  constexpr uint32_t kStage = stage_bytes<HeadDim, Cache>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const uint32_t ring = shared_address(memory) + warp * kStages * kStage;
-  uint32_t* before = reinterpret_cast<uint32_t*>(memory + warps * kStages * kStage);
-  allow_next();
-  lay_out(args, before);  // reads tables only, which are older than the kernel before
-
-  const uint32_t tiles = before[args.sequences] * rows(args), stretch = blockIdx.x * warps + warp;
-  const uint32_t length = stretch_length(tiles, args.stretches), begin = min(tiles, stretch * length);
-  Cursor here{.at = begin, .end = min(tiles, begin + length)};
-  if (!here.done()) here.find(args, before);
-  Cursor ahead = here;
-  auto fetch_next = [&](uint32_t turn) {
-    if (!ahead.done()) {
-      fetch<HeadDim, Cache>(args, ahead, ring + turn % kStages * kStage, lane);
-      ahead.next(args, before);
-    }
-    commit_copies();
-  };
-  uint32_t fetched = 0;
-  while (fetched < kStages - 1 && !ahead.done() && !ahead.newest()) fetch_next(fetched++);
-  wait_for_last();  // also those with nothing to do: whoever waits for this kernel waits for those before it
-  if (here.done()) return;
-  while (fetched < kStages - 1) fetch_next(fetched++);
-
-  uint32_t q[HeadDim / 16][2];
-  State<HeadDim, Cache> state;
-  uint32_t piece = here.at;  // where this stretch's part of the row begins
-  for (uint32_t turn = 0; !here.done(); ++turn) {
-    if (here.at == piece) {
-      load_queries<HeadDim, Cache>(args, here, q, lane);
-      state.clear(args, here.kv_head);
-    }
-    wait_copies<kStages - 2>();
-    __syncwarp();  // every lane's copies are there, and the stage filled next has been read, in the turn before
-    fetch_next(turn + kStages - 1);
-    state.add(q, ring + turn % kStages * kStage, here.first_token(), here.tokens, lane);
-    if (here.at + 1 == here.row_end || here.at + 1 == here.end) {
-      const bool whole = piece == here.row_begin && here.at + 1 == here.row_end;
-      state.finish(args, here, whole, 2 * stretch + (piece == begin ? 0 : 1), lane);
-      piece = here.at + 1;
-    }
-    here.next(args, before);
-  }
-}
-
-// The softmax over some parts of a row, four elements of the head a thread.
+// What parts of a row come to, a lane's columns of it.
+template <int HeadDim>
 struct Weighed {
+  static constexpr int kRuns = HeadDim < 128 ? 1 : HeadDim / 128;
   float best = -INFINITY, mass = 0;
-  float4 sum{};
+  float4 sum[kRuns] = {};
 
-  __device__ void add(float2 weight, float4 part) {
-    if (weight.y == 0) return;
+  __device__ static bool within(int lane) { return lane < HeadDim / 4; }
+  __device__ void write_out(const Decode& args, const Row& row, uint32_t query, int lane) const {
+    const float factor = out_factor(args, row.kv_head) / mass;
+    const size_t to = (row.first(args) + query) * HeadDim + 4 * lane;
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run)
+      if (within(lane)) args.out.store(to + 128 * run, sum[run] * factor);
+  }
+  __device__ void leave(float* sums, float2& weight, int lane) const {
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run)
+      if (within(lane)) reinterpret_cast<float4*>(sums)[lane + 32 * run] = sum[run];
+    if (lane == 0) weight = make_float2(best, mass);
+  }
+  __device__ void add(float2 weight, const float4 (&part)[kRuns]) {
     const float top = fmaxf(best, weight.x), shrink = fast_exp2(best - top), grow = fast_exp2(weight.x - top);
     best = top;
     mass = mass * shrink + weight.y * grow;
-    sum.x = sum.x * shrink + part.x * grow, sum.y = sum.y * shrink + part.y * grow;
-    sum.z = sum.z * shrink + part.z * grow, sum.w = sum.w * shrink + part.w * grow;
+#pragma unroll
+    for (int i = 0; i < kRuns; ++i) {
+      sum[i].x = sum[i].x * shrink + part[i].x * grow, sum[i].y = sum[i].y * shrink + part[i].y * grow;
+      sum[i].z = sum[i].z * shrink + part[i].z * grow, sum[i].w = sum[i].w * shrink + part[i].w * grow;
+    }
   }
 };
 
-// Weighs the parts of a row that was cut. A block takes one query head of it: parts are dealt to two sets of threads,
-// each thread with four elements of the head. Blocks are found either by row or, where there are fewer stretches than
-// rows, by the stretch that the row begins in: no more than one of them goes on in the next. They are small: all of
-// them are there, and know their work, when the last blocks of decode_kernel end.
-constexpr int kSets = 2, kPartsAtOnce = 4;
-template <int HeadDim>
-constexpr int kCombineColumns = HeadDim < 128 ? 32 : HeadDim / 4;
+// Where the parts of a row are left, in their order, and how many have been.
+struct Parts {
+  float* sums;
+  float2* weights;  // maximum (log2 units) and sum
+  uint32_t* arrived;
+  uint32_t count, queries;
+  uint32_t stride;      // of sums, in floats
+  uint32_t step = 1;    // from one part to the next
+  bool second = false;  // whether the first one begins a place later
 
-template <int HeadDim>
-__global__ void __launch_bounds__(kSets* kCombineColumns<HeadDim>) combine_kernel(Decode args, bool by_stretch) {
-  constexpr int kColumns = kCombineColumns<HeadDim>;
-  extern __shared__ uint32_t before[];
-  __shared__ Weighed others[kColumns];
-  allow_next();
-  lay_out(args, before);
-  const uint32_t tiles = before[args.sequences] * rows(args), length = stretch_length(tiles, args.stretches);
-  Cursor row{};
-  bool mine;
-  if (by_stretch) {
-    row.at = (blockIdx.x + 1) * length - 1;
-    mine = row.at < tiles;
-  } else {
-    const uint32_t sequence = blockIdx.x / rows(args), row_tiles = before[sequence + 1] - before[sequence];
-    row.at = before[sequence] * rows(args) + blockIdx.x % rows(args) * row_tiles;
-    mine = row_tiles > 0;
-  }
-  if (mine) row.find(args, before);
-  const uint32_t first = row.row_begin / length, last = (row.row_end - 1) / length;
-  mine = mine && first != last && (!by_stretch || first == blockIdx.x) && blockIdx.y < row.queries;
-  wait_for_last();
-  if (!mine) return;
-  const uint32_t parts = last - first + 1;
-  const uint32_t set = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
-  const bool within = column < HeadDim / 4;
-  const auto at = [&](uint32_t part) {
-    return size_t{2 * (first + part) + (part == 0 && row.row_begin % length != 0 ? 1 : 0)} * args.queries + blockIdx.y;
-  };
-  Weighed mean;
-  for (uint32_t from = set; from < parts; from += kSets * kPartsAtOnce) {
-    float2 weights[kPartsAtOnce];
-    float4 values[kPartsAtOnce];
-#pragma unroll
-    for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
-      const uint32_t part = from + i * kSets;
-      const bool there = part < parts && within;
-      weights[i] = there ? args.weights[at(part)] : float2{};
-      values[i] = there ? reinterpret_cast<const float4*>(args.partial + at(part) * HeadDim)[column] : float4{};
+  __device__ uint32_t place(uint32_t part) const { return step * part + (part == 0 && second ? 1 : 0); }
+  __device__ float* sums_of(uint32_t part) const { return sums + size_t{place(part)} * stride; }
+  __device__ float2* weights_of(uint32_t part) const { return weights + place(part) * queries; }
+
+  // Whether with one more part all are there. Whoever brings the last sets the count back for the next launch.
+  __device__ bool complete(int lane) const {
+    __syncwarp();  // every lane has written
+    if (count == 1) return true;
+    uint32_t before = 0;
+    if (lane == 0) {
+      before = add_acquire_release(*arrived);
+      if (before + 1 == count) *arrived = 0;
     }
-#pragma unroll
-    for (int i = 0; i < kPartsAtOnce; ++i) mean.add(weights[i], values[i]);
+    return __shfl_sync(~0u, before, 0) + 1 == count;
   }
-  if (set > 0) others[column] = mean;
-  __syncthreads();
-  if (set > 0 || !within) return;
-  mean.add({others[column].best, others[column].mass}, others[column].sum);
-  const size_t out = row.first_row(args) + blockIdx.y;
-  args.out.store(out * HeadDim + 4 * column, mean.sum * (out_factor(args, row.kv_head) / mean.mass));
+};
+
+// Weighs the parts of a row in their order, whoever came last: they are all of it, or part `place` of others.
+template <int HeadDim>
+__device__ void combine(const Decode& args, const Row& row, const Parts& parts, bool all, const Parts& others,
+                        uint32_t place, int lane) {
+  using Mean = Weighed<HeadDim>;
+  constexpr int kAtOnce = 4;
+  for (uint32_t query = 0; query < row.queries; ++query) {
+    Mean mean;
+    for (uint32_t from = 0; from < parts.count; from += kAtOnce) {
+      float2 weights[kAtOnce];
+      float4 values[kAtOnce][Mean::kRuns];
+#pragma unroll
+      for (uint32_t i = 0; i < kAtOnce; ++i) {
+        const bool there = from + i < parts.count;
+        weights[i] = there ? parts.weights_of(from + i)[query] : make_float2(-INFINITY, 0);
+        const float4* part = reinterpret_cast<const float4*>(parts.sums_of(from + i) + query * HeadDim) + lane;
+#pragma unroll
+        for (int run = 0; run < Mean::kRuns; ++run)
+          values[i][run] = there && Mean::within(lane) ? part[32 * run] : float4{};
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) mean.add(weights[i], values[i]);
+    }
+    if (all)
+      mean.write_out(args, row, query, lane);
+    else
+      mean.leave(others.sums_of(place) + query * HeadDim, others.weights_of(place)[query], lane);
+  }
 }
 
-constexpr int kStaticShared = 256;  // bytes that decode_kernel has besides, at most
+// Places for parts in global memory, from this one on.
+template <int HeadDim>
+__device__ Parts global_parts(const Decode& args, uint32_t place, uint32_t arrival, uint32_t count) {
+  return {.sums = args.partial + size_t{place} * args.queries * HeadDim,
+          .weights = args.weights + place * args.queries,
+          .arrived = args.arrivals + arrival,
+          .count = count,
+          .queries = args.queries,
+          .stride = args.queries * HeadDim};
+}
 
-// Warps a block and blocks a multiprocessor: as much in flight as shared memory holds.
-struct Shape {
-  int warps, blocks;
-  size_t shared;
+// What a warp has to do.
+struct Work {
+  bool apart;               // whether rows have blocks of their own
+  uint32_t warps, stretch;  // of a block; number of this warp among those of all
+  uint32_t length, block;   // tiles a warp; apart: number of this block among the row's
+  Cursor tiles;
+
+  __device__ Work(const Decode& args, uint32_t least, uint32_t* before)
+      : warps(blockDim.x / 32), stretch(blockIdx.x * warps + threadIdx.x / 32), length(0), block(0) {
+    const uint32_t most = tiles_a_block(args, least);
+    apart = most != 0;
+    lay_out(args, most, before);
+    const uint32_t all = before[args.sequences] * rows(args);
+    if (!apart) {
+      length = max((all + args.stretches - 1) / args.stretches, least);
+      tiles.at = min(all, stretch * length);
+      tiles.end = min(all, tiles.at + length);
+      if (!tiles.done()) tiles.find(args, before);
+    } else if (blockIdx.x < all) {
+      tiles.row.find(args, before, blockIdx.x);
+      tiles.row_end = tiles.row.tokens.tiles();
+      block = blockIdx.x - tiles.row.begin;
+      length = (tiles.row_end + tiles.row.count * warps - 1) / (tiles.row.count * warps);
+      tiles.at = min(tiles.row_end, (block * warps + threadIdx.x / 32) * length);
+      tiles.end = min(tiles.row_end, tiles.at + length);
+    }
+  }
+  // Of a row that the warp has tiles of: blocks that have some, where it has its own.
+  __device__ uint32_t blocks(const Cursor& at) const { return (at.row_end + warps * length - 1) / (warps * length); }
 };
 
-Shape shape(const DeviceInfo& device, size_t warp_bytes, uint32_t sequences) {
-  const size_t geometry = (sequences + 1) * sizeof(uint32_t);
-  int warps = kMaxWarps;
-  while (warps > 1 && warps * warp_bytes + geometry > static_cast<size_t>(device.shared_memory - kStaticShared))
-    --warps;
-  const size_t shared = warps * warp_bytes + geometry;
-  const int blocks = std::clamp(static_cast<int>(device.shared_memory / (shared + 2048)), 1, 3);
-  return {warps, blocks, shared};
+// Where the parts of the row at the cursor are left, and which of them is this warp's. Of a row that one block has, the
+// rings have room for them: they are no longer used.
+template <int HeadDim>
+__device__ Parts parts_of(const Decode& args, const Work& work, const Cursor& at, char* rings, uint32_t ring_bytes,
+                          float2* weights, uint32_t& mine) {
+  if (work.apart) {
+    mine = threadIdx.x / 32;
+    const uint32_t left = min(work.warps * work.length, at.row_end - work.block * work.warps * work.length);
+    return {.sums = reinterpret_cast<float*>(rings),
+            .weights = weights,
+            .arrived = nullptr,
+            .count = (left + work.length - 1) / work.length,
+            .queries = args.queries,
+            .stride = ring_bytes / static_cast<uint32_t>(sizeof(float))};
+  }
+  const uint32_t first = at.row_begin / work.length;
+  mine = work.stretch - first;
+  Parts parts = global_parts<HeadDim>(args, 2 * first, first, (at.row_end - 1) / work.length - first + 1);
+  parts.step = 2;  // a stretch may have the end of one row and the beginning of another
+  parts.second = at.row_begin % work.length != 0;
+  return parts;
+}
+
+// A barrier of the first warps of a block.
+__device__ void meet(uint32_t warps) { asm volatile("barrier.cta.sync 1, %0;" ::"r"(32 * warps) : "memory"); }
+
+// Leaves the warp's part of the row at the cursor. The last combines them: of a block the last in number, else
+// whichever comes last. If other blocks have parts of the row too, what those of a block come to is one of them.
+template <int HeadDim, class Cache>
+__device__ void finish(const State<HeadDim, Cache>& state, const Decode& args, const Work& work, const Cursor& at,
+                       char* rings, uint32_t ring_bytes, float2* weights, int lane) {
+  uint32_t mine;
+  Parts parts = parts_of<HeadDim>(args, work, at, rings, ring_bytes, weights, mine);
+  state.leave(parts.sums_of(mine), parts.weights_of(mine), at.row.queries, lane);
+  if (work.apart) meet(parts.count);
+  const uint32_t blocks = work.apart ? work.blocks(at) : 1;
+  bool complete = work.apart ? mine + 1 == parts.count : parts.complete(lane);
+  for (bool all = blocks == 1; complete; all = true) {
+    const Parts others = global_parts<HeadDim>(args, at.row.begin, at.row.begin, blocks);
+    combine<HeadDim>(args, at.row, parts, all, others, work.block, lane);
+    if (all) break;
+    parts = others;
+    complete = parts.complete(lane);
+  }
 }
 
 template <int HeadDim, class Cache>
+__global__ void __launch_bounds__(kMaxWarps * 32, most_blocks<HeadDim>) decode_kernel(Decode args) {
+  extern __shared__ __align__(128) char rings[];
+  __shared__ float2 weights[kMaxWarps * kTileQueries];
+  constexpr uint32_t kStage = stage_bytes<HeadDim, Cache>, kStages = stages<HeadDim, Cache>, kRing = kStages * kStage;
+  const int lane = threadIdx.x % 32;
+  const uint32_t ring = shared_address(rings) + threadIdx.x / 32 * kRing;
+  uint32_t* before = reinterpret_cast<uint32_t*>(rings + blockDim.x / 32 * kRing);
+  allow_next();
+  const Work work(args, kStages, before);         // reads tables only, which are older than the kernel before
+  if (work.tiles.done()) return wait_for_last();  // whoever waits for this kernel waits for those before it
+
+  Cursor here = work.tiles, ahead = here;
+  uint32_t q[HeadDim / 16][2];
+  State<HeadDim, Cache> state;
+  uint32_t piece = here.at;  // where this warp's part of the row begins
+  bool early = true;
+  const auto wait_once = [&] {
+    if (early) wait_for_last();
+    early = false;
+  };
+#pragma unroll 1
+  for (int turn = -static_cast<int>(kStages); !here.done(); ++turn) {  // the ring is filled first
+    const uint32_t stage = ring + (turn + kStages) % kStages * kStage;
+    if (turn >= 0) {
+      wait_once();
+      if (here.at == piece) {
+        load_queries<HeadDim, Cache>(args, here.row, q, lane);
+        state.clear(args, here.row.kv_head);
+      }
+      wait_copies<kStages - 1>();
+      __syncwarp();  // every lane's copies are there
+      state.add(q, stage, here.first_token(), here.row.tokens, lane);
+      __syncwarp();  // nobody reads the stage any more
+      if (here.at + 1 == here.row_end || here.at + 1 == here.end) {
+        finish(state, args, work, here, rings, kRing, weights, lane);
+        piece = here.at + 1;
+      }
+      here.next(args, before);
+    }
+    if (!ahead.done()) {
+      if (ahead.newest()) wait_once();
+      fetch<HeadDim, Cache>(args, ahead, stage, lane);
+      ahead.next(args, before);
+    }
+    commit_copies();
+  }
+}
+
+constexpr int kStaticShared = 1024;  // bytes that decode_kernel has besides, at most
+
+template <int HeadDim, class Cache>
 void launch(Decode args, const DeviceInfo& device, const Stream& stream) {
-  const Shape s = shape(device, kStages * stage_bytes<HeadDim, Cache>, args.sequences);
-  const uint32_t blocks = s.blocks * device.multiprocessors;
-  args.stretches = blocks * s.warps;
-  allow_shared(decode_kernel<HeadDim, Cache>, device.shared_memory - kStaticShared);
-  launch_early(stream, blocks, s.warps * 32, s.shared, decode_kernel<HeadDim, Cache>, args);
-  const uint32_t rows = args.sequences * args.kv_heads * args.shares;
-  launch_early(stream, dim3(std::min(rows, args.stretches), args.queries), kSets * kCombineColumns<HeadDim>,
-               (args.sequences + 1) * sizeof(uint32_t), combine_kernel<HeadDim>, args, rows > args.stretches);
+  const size_t geometry = (args.sequences + 1) * sizeof(uint32_t), most = device.shared_memory - kStaticShared;
+  constexpr size_t kWarpBytes = stages<HeadDim, Cache> * stage_bytes<HeadDim, Cache>;
+  int warps = most_warps<HeadDim, Cache>;
+  while (warps > 1 && warps * kWarpBytes + geometry > most) --warps;
+  const size_t shared = warps * kWarpBytes + geometry;
+  const uint32_t blocks = device.multiprocessors * (2 * (shared + 2048) <= most ? most_blocks<HeadDim> : 1);
+  args.stretches = blocks * warps;
+  allow_shared(decode_kernel<HeadDim, Cache>, most);
+  launch_early(stream, blocks, warps * 32, shared, decode_kernel<HeadDim, Cache>, args);
 }
 
 template <int HeadDim>
@@ -428,15 +554,23 @@ void launch(const Decode& args, const DeviceInfo& device, const Stream& stream) 
                              : launch<HeadDim, bf16_t>(args, device, stream);
 }
 
-uint32_t most_stretches(const DeviceInfo& device) { return 3 * device.multiprocessors * kMaxWarps; }
+size_t most_stretches(const DeviceInfo& device, uint32_t head_dim) {
+  return size_t{kMaxWarps} * device.multiprocessors * (head_dim > 128 ? most_blocks<256> : most_blocks<128>);
+}
+// Of any head, so that the memory for a wide one is enough for a narrow one.
+size_t weight_count(const DeviceInfo& device, uint32_t group) { return 2 * most_stretches(device, 1) * group; }
 
 }  // namespace
 
 size_t decode_scratch_bytes(const DeviceInfo& device, uint32_t head_dim, uint32_t group) {
-  return size_t{2} * most_stretches(device) * group * (head_dim * sizeof(float) + sizeof(float2));
+  return weight_count(device, group) * sizeof(float2) +
+         2 * most_stretches(device, head_dim) * group * head_dim * sizeof(float);
 }
 
-void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* scratch, const Stream& stream) {
+size_t decode_arrival_bytes(const DeviceInfo& device) { return most_stretches(device, 1) * sizeof(uint32_t); }
+
+void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* scratch, uint32_t* arrivals,
+                      const Stream& stream) {
   const uint32_t group = args.heads / args.cache.kv_heads, shares = (group + kTileQueries - 1) / kTileQueries;
   float2* weights = static_cast<float2*>(scratch);
   const Decode decode{.q = static_cast<const bf16_t*>(args.q),
@@ -457,8 +591,9 @@ void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void*
                       .queries = (group + shares - 1) / shares,
                       .score = ScoreScale::of(args.scale, args.soft_cap),
                       .out = {args.out, args.quantize.scale},
-                      .partial = reinterpret_cast<float*>(weights + size_t{2} * most_stretches(device) * group),
+                      .partial = reinterpret_cast<float*>(weights + weight_count(device, group)),
                       .weights = weights,
+                      .arrivals = arrivals,
                       .stretches = 0};
   switch (args.cache.head_dim) {
     case 16: return launch<16>(decode, device, stream);

@@ -42,8 +42,11 @@ void fill_random(void* to, DType type, size_t count, uint64_t seed, float deviat
 
 // Sequences with several new tokens.
 void prefill_attention(const AttentionArgs& args, const DeviceInfo& device, const Stream& stream);
-// Sequences with one new token. `scratch` holds decode_scratch_bytes().
-void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* scratch, const Stream& stream);
+// Sequences with one new token. `scratch` holds decode_scratch_bytes(), whatever is in them; `arrivals`
+// decode_arrival_bytes() of zeros, and has zeros again when it is done.
+void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* scratch, uint32_t* arrivals,
+                      const Stream& stream);
+size_t decode_arrival_bytes(const DeviceInfo& device);
 size_t decode_scratch_bytes(const DeviceInfo& device, uint32_t head_dim, uint32_t group);
 
 // Widths of a head for which there are attention kernels.

@@ -40,6 +40,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/arrival.cuh"
 #include "cuda/barrier.cuh"
 #include "cuda/check.h"
 #include "cuda/geglu.cuh"
@@ -176,18 +177,6 @@ __device__ inline bool any_of_group(int group, bool yes) {
       : "r"(uint32_t{yes}), "r"(1 + group), "n"(kGroup)
       : "memory");
   return any;
-}
-
-__device__ inline uint32_t load_acquire(const uint32_t& from) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(&from) : "memory");
-  return value;
-}
-
-__device__ inline uint32_t add_acquire_release(uint32_t& to) {
-  uint32_t before;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(&to) : "memory");
-  return before;
 }
 
 // The parts that blocks have of a tile, added in the order of k by the block that brings the last one. Returns whether
