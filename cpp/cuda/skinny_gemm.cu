@@ -24,6 +24,9 @@
 // thread has both for the same column, and GeGLU is all that is written. At 64 tokens that is 5 % of a step in FP8, 3 %
 // in bf16: the products, four to eight times the bytes, went to the L2 cache and back.
 //
+// Logits are surveyed while they are in registers, for sample(). A row of which nobody wants more than the likeliest
+// token is not written at all: of 64 rows that is 65 MB less each way, 0.7 % of a step.
+//
 // Reached, on an H100, for the products of gemma-7b one after the other with a small kernel between, when all of the
 // ring was asked for at once and each product added its own parts (us; TB/s; a step is 2 to 10 % faster since):
 //            q, k, v (75 MB)   attention's output (25 MB)   gate and up (302 MB)   down (151 MB)
