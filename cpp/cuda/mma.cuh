@@ -135,7 +135,8 @@ struct ScoreScale {
   __host__ __device__ static ScoreScale of(float scale, float soft_cap) {
     return soft_cap > 0 ? ScoreScale{scale / soft_cap, soft_cap * kLog2e} : ScoreScale{scale * kLog2e, 0};
   }
-  __device__ float operator()(float product) const { return cap > 0 ? cap * tanhf(product * scale) : product * scale; }
+  __device__ float capped(float product) const { return cap * tanhf(product * scale); }
+  __device__ float operator()(float product) const { return cap > 0 ? capped(product) : product * scale; }
 };
 
 }  // namespace gemma_cuda::cuda

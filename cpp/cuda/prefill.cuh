@@ -84,6 +84,11 @@ struct PrefillWork {
     return true;
   }
 
+  // Which row of the cache is lane i's of a warp that has every fourth key from `key` + `warp` on.
+  __device__ uint32_t row_of(const Prefill& args, uint32_t key, int warp, int lane, int keys) const {
+    const int64_t row = lane < keys / 4 ? row_of(args, key + warp + 4 * lane, 1) : -1;
+    return static_cast<uint32_t>(row);
+  }
   // Where a key's row begins in the cache; -1 for those past the end.
   __device__ int64_t row_of(const Prefill& args, uint32_t key, int head_dim) const {
     if (key >= end_key) return -1;

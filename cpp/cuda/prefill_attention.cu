@@ -102,13 +102,9 @@ struct Rows {
         mma(Type{}, scores[2 * n], q[k], b[0], b[1]);
         mma(Type{}, scores[2 * n + 1], q[k], b[2], b[3]);
       }
-    score(scores, score_scale, sight, token, lane);
+    const float factor = score(scores, score_scale, sight, token, lane);
     float shrink[2];
-    softmax.add(scores, shrink);
-#pragma unroll
-    for (auto& fragment : out)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) fragment[i] *= shrink[i / 2];
+    if (softmax.add(scores, factor, shrink)) shrink_sums(out, shrink);
 #pragma unroll
     for (int k = 0; k < kTile / 16; ++k) {
       uint32_t p[4];

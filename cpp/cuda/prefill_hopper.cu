@@ -6,11 +6,10 @@
 // tile before, and computes the softmax of S while the second product runs; the other warpgroup's products fill what
 // gaps are left. Q lies in shared memory, P and O in registers.
 //
-// Keys and values in FP8 pass through the producer's registers and become f16; so do the queries.
+// Keys and values in FP8 pass through the producer's registers, a whole tile ahead, and become f16; so do the queries.
 //
-// Reaches, on an H100, for two prompts of 4096 tokens and 16 heads of 256: 430 TFLOP/s, and 325 where it has to widen
-// FP8; there the producer takes issue slots from the softmax. Asking for FP8 rows by cp.async, or widening them by bits
-// instead of conversions, is slower: 306 and 283.
+// Reaches, on an H100 for two prompts of 4096 tokens and 16 heads of 256, TFLOP/s: 521, and 412 where it has to widen
+// FP8. Asking for FP8 rows by cp.async, or widening them by bits instead of conversions, is slower.
 #include "cuda/barrier.cuh"
 #include "cuda/ops.h"
 #include "cuda/prefill.cuh"
@@ -46,72 +45,107 @@ struct Barriers {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+constexpr uint32_t kNowhere = ~0u;
+
+// The order of a row's chunks of eight elements in shared memory. Keys' is the queries', values' is the results'.
+template <int HeadDim>
+struct Bf16Chunks {
+  __device__ static constexpr int place(int chunk) { return chunk; }
+  __device__ static constexpr int at(int place) { return place; }
+};
+// Sixteen elements of FP8 that a lane widens become chunks a half row apart: eight lanes fill all banks.
+template <int HeadDim>
+struct F16Chunks {
+  static constexpr int kHalf = HeadDim / 16;
+  __device__ static constexpr int place(int chunk) { return chunk % 2 * kHalf + chunk / 2; }
+  __device__ static constexpr int at(int place) { return place % kHalf * 2 + place / kHalf; }
+};
+template <int HeadDim>
+Bf16Chunks<HeadDim> chunks_of(Bf16);
+template <int HeadDim>
+F16Chunks<HeadDim> chunks_of(F16);
+template <class Type, int HeadDim>
+using Chunks = decltype(chunks_of<HeadDim>(Type{}));
+
 // Where a 16-byte chunk of a row lies in a tile whose blocks are `block` bytes.
 __device__ uint32_t chunk_at(uint32_t tile, uint32_t block, int row, int chunk) {
   return tile + chunk / 8 * block + row * kRowBytes + ((chunk ^ row) % 8 << 4);
 }
 
-// A warp copies every fourth row of a tile; lane i knows where the i-th of them begins.
-template <int HeadDim, int Keys>
-__device__ void fetch(const bf16_t* from, uint32_t tile, int64_t mine, int warp, int lane) {
-  constexpr int kChunks = HeadDim / 8, kAtOnce = 32 / kChunks;
+// A warp has every fourth row of a tile, lane i knows where the i-th of them begins, and so many lanes take one. Where
+// the lane's chunk of row 4 * (i + lane / Lanes) + warp goes, i being one of the multiples of 32 / Lanes.
+template <int Lanes, int Keys>
+__device__ uint32_t lane_chunk(uint32_t tile, int i, int chunk, int warp, int lane) {
+  constexpr int kAtOnce = 32 / Lanes;
   static_assert(Keys / 4 <= 32 && Keys / 4 % kAtOnce == 0);
+  const int first = warp + 4 * (lane / Lanes + i % 2);  // of the rows whose chunks are in the same order
+  return chunk_at(tile, Keys * kRowBytes, first, chunk) + i / 2 * 8 * kRowBytes;
+}
+
+template <int HeadDim, int Keys>
+__device__ void fetch(const bf16_t* from, uint32_t tile, uint32_t mine, int warp, int lane) {
+  constexpr int kChunks = HeadDim / 8, kAtOnce = 32 / kChunks;
 #pragma unroll
   for (int i = 0; i < Keys / 4; i += kAtOnce) {
-    const int at = i + lane / kChunks, chunk = lane % kChunks;
-    const int64_t row = __shfl_sync(~0u, mine, at);
-    copy_async(chunk_at(tile, Layout<HeadDim, Keys>::kKeyBlock, warp + 4 * at, chunk),
-               from + (row < 0 ? 0 : row) + chunk * 8, row >= 0);
+    const uint32_t row = __shfl_sync(~0u, mine, i + lane / kChunks);
+    const bool there = row != kNowhere;
+    copy_async(lane_chunk<kChunks, Keys>(tile, i, lane % kChunks, warp, lane),
+               from + size_t{there ? row : 0} * HeadDim + lane % kChunks * 8, there);
   }
 }
 
-// The same of FP8. All of a warp's rows are asked for before the tile's place is free.
+// The same of FP8, through registers.
 template <int HeadDim, int Keys>
 struct Fp8Rows {
   static constexpr int kRuns = HeadDim / 16, kAtOnce = 32 / kRuns, kLoads = Keys / 4 / kAtOnce;
-  static_assert(Keys / 4 % kAtOnce == 0);
   uint4 held[kLoads];
 
-  __device__ void ask(const uint8_t* from, int64_t mine, int lane) {
+  __device__ void ask(const uint8_t* from, uint32_t mine, int lane) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int64_t row = __shfl_sync(~0u, mine, i * kAtOnce + lane / kRuns);
-      held[i] = row < 0 ? uint4{} : __ldcg(reinterpret_cast<const uint4*>(from + row) + lane % kRuns);
+      const uint32_t row = __shfl_sync(~0u, mine, i * kAtOnce + lane / kRuns);
+      const uint4* const run = reinterpret_cast<const uint4*>(from + size_t{row} * HeadDim) + lane % kRuns;
+      held[i] = row == kNowhere ? uint4{} : __ldcg(run);
     }
   }
   __device__ void put(uint32_t tile, int warp, int lane) {
-    const int run = lane % kRuns, order = run / 4 % 2;  // which chunk goes first, lest eight lanes meet in four banks
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int row = warp + 4 * (i * kAtOnce + lane / kRuns);
       uint4 chunks[2];
       widen_e4m3(held[i], chunks[0], chunks[1]);
-      store_chunk(chunk_at(tile, Layout<HeadDim, Keys>::kKeyBlock, row, 2 * run + order),
-                  order ? chunks[1] : chunks[0]);
-      store_chunk(chunk_at(tile, Layout<HeadDim, Keys>::kKeyBlock, row, 2 * run + 1 - order),
-                  order ? chunks[0] : chunks[1]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int chunk = F16Chunks<HeadDim>::place(2 * (lane % kRuns) + half);
+        store_chunk(lane_chunk<kRuns, Keys>(tile, i * kAtOnce, chunk, warp, lane), chunks[half]);
+      }
     }
     publish_to_products();
   }
 };
 
+// Both rows of a tile are asked for when those of the tile before have been put, a whole turn ahead.
 template <int HeadDim, int Keys>
 __device__ void produce(uint8_t, const Prefill& args, const PrefillWork& work, Layout<HeadDim, Keys> shared,
                         Barriers& barriers, uint32_t first_key) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  Fp8Rows<HeadDim, Keys> rows;
-  auto bring = [&](const void* from, int64_t mine, uint32_t tile, Barrier& full, Barrier& empty, uint32_t parity) {
-    rows.ask(static_cast<const uint8_t*>(from), mine, lane);
-    wait(empty, parity ^ 1);
-    rows.put(tile, warp, lane);
-    arrive(full);
-  };
+  const auto *const keys = static_cast<const uint8_t*>(args.keys), *const values =
+                                                                       static_cast<const uint8_t*>(args.values);
+  Fp8Rows<HeadDim, Keys> key_rows, value_rows;
+  uint32_t mine = work.row_of(args, first_key, warp, lane, Keys);
+  key_rows.ask(keys, mine, lane);
+  value_rows.ask(values, mine, lane);
   uint32_t turn = 0;
   for (uint32_t key = first_key; key < work.end_key; key += Keys, ++turn) {
     const uint32_t stage = turn % kStages, parity = turn / kStages % 2;
-    const int64_t mine = lane < Keys / 4 ? work.row_of(args, key + warp + 4 * lane, HeadDim) : -1;
-    bring(args.keys, mine, shared.keys(stage), barriers.keys_full[stage], barriers.keys_empty[stage], parity);
-    bring(args.values, mine, shared.values(stage), barriers.values_full[stage], barriers.values_empty[stage], parity);
+    mine = work.row_of(args, key + Keys, warp, lane, Keys);
+    wait(barriers.keys_empty[stage], parity ^ 1);
+    key_rows.put(shared.keys(stage), warp, lane);
+    arrive(barriers.keys_full[stage]);
+    key_rows.ask(keys, mine, lane);
+    wait(barriers.values_empty[stage], parity ^ 1);
+    value_rows.put(shared.values(stage), warp, lane);
+    arrive(barriers.values_full[stage]);
+    value_rows.ask(values, mine, lane);
   }
 }
 
@@ -119,16 +153,20 @@ template <int HeadDim, int Keys>
 __device__ void produce(bf16_t, const Prefill& args, const PrefillWork& work, Layout<HeadDim, Keys> shared,
                         Barriers& barriers, uint32_t first_key) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto *const keys = static_cast<const bf16_t*>(args.keys), *const values =
+                                                                      static_cast<const bf16_t*>(args.values);
+  uint32_t mine = work.row_of(args, first_key, warp, lane, Keys);
   uint32_t turn = 0;
   for (uint32_t key = first_key; key < work.end_key; key += Keys, ++turn) {
     const uint32_t stage = turn % kStages, parity = turn / kStages % 2;
-    const int64_t mine = lane < Keys / 4 ? work.row_of(args, key + warp + 4 * lane, HeadDim) : -1;
+    const uint32_t next = work.row_of(args, key + Keys, warp, lane, Keys);
     wait(barriers.keys_empty[stage], parity ^ 1);
-    fetch<HeadDim, Keys>(static_cast<const bf16_t*>(args.keys), shared.keys(stage), mine, warp, lane);
+    fetch<HeadDim, Keys>(keys, shared.keys(stage), mine, warp, lane);
     arrive_after_copies(barriers.keys_full[stage]);
     wait(barriers.values_empty[stage], parity ^ 1);
-    fetch<HeadDim, Keys>(static_cast<const bf16_t*>(args.values), shared.values(stage), mine, warp, lane);
+    fetch<HeadDim, Keys>(values, shared.values(stage), mine, warp, lane);
     arrive_after_copies(barriers.values_full[stage]);
+    mine = next;
   }
   wait_copies<0>();  // none may be under way when the block ends
 }
@@ -148,7 +186,8 @@ __device__ void load_queries(Type type, const bf16_t* from, size_t stride, uint3
   for (int i = threadIdx.x % kGroup; i < kRows * kChunks; i += kGroup) {
     const int row = i / kChunks, chunk = i % kChunks;
     const bool there = row < static_cast<int>(rows);
-    bring_queries(type, chunk_at(shared.queries(), shared.kQueryBlock, group * kRows + row, chunk),
+    const int place = Chunks<Type, HeadDim>::place(chunk);
+    bring_queries(type, chunk_at(shared.queries(), shared.kQueryBlock, group * kRows + row, place),
                   from + (there ? row * stride + chunk * 8 : 0), there);
   }
   commit_copies();
@@ -173,6 +212,10 @@ __device__ void consume(Type type, const Prefill& args, const PrefillWork& work,
   RunningSoftmax softmax;
   const ScoreScale score_scale = args.score_of(work.kv_head);
 
+  const uint64_t queries = operand(shared.queries() + group * kRows * kRowBytes, 0);
+  const uint64_t keys = operand(shared.keys(0), 0), values = operand(shared.values(0), shared.kKeyBlock);
+  constexpr uint32_t kStage = 2 * shared.kTile;
+
   auto start_scores = [&](uint32_t turn) {
     const uint32_t stage = turn % kStages;
     wait(barriers.keys_full[stage], turn / kStages % 2);
@@ -180,10 +223,8 @@ __device__ void consume(Type type, const Prefill& args, const PrefillWork& work,
     begin_products();
 #pragma unroll
     for (int k = 0; k < HeadDim / 16; ++k)
-      multiply_columns(
-          type, scores,
-          operand(shared.queries() + k / 4 * shared.kQueryBlock + group * kRows * kRowBytes + k % 4 * 32, 0),
-          operand(shared.keys(stage) + k / 4 * shared.kKeyBlock + k % 4 * 32, 0), k > 0);
+      multiply_columns(type, scores, further(queries, k / 4 * shared.kQueryBlock + k % 4 * 32),
+                       further(keys, stage * kStage + k / 4 * shared.kKeyBlock + k % 4 * 32), k > 0);
     commit_products();
   };
   auto start_out = [&](uint32_t turn) {
@@ -193,15 +234,15 @@ __device__ void consume(Type type, const Prefill& args, const PrefillWork& work,
     begin_products();
 #pragma unroll
     for (int k = 0; k < Keys / 16; ++k)
-      multiply_rows(type, out, p[k], operand(shared.values(stage) + k * 16 * kRowBytes, shared.kKeyBlock), true);
+      multiply_rows(type, out, p[k], further(values, stage * kStage + k * 16 * kRowBytes), true);
     commit_products();
   };
   auto free = [&](Barrier& barrier) {
     if (lane == 0) arrive(barrier);
   };
   auto to_probabilities = [&](uint32_t turn) {
-    score(scores, score_scale, sight, first_key + turn * Keys, lane);
-    softmax.add(scores, shrink);
+    const float factor = score(scores, score_scale, sight, first_key + turn * Keys, lane);
+    return softmax.add(scores, factor, shrink);
   };
 
   start_scores(0);
@@ -219,14 +260,11 @@ __device__ void consume(Type type, const Prefill& args, const PrefillWork& work,
     wait_products<1>();
     pin(scores);
     free(barriers.keys_empty[turn % kStages]);
-    to_probabilities(turn);
+    const bool shrinks = to_probabilities(turn);
     wait_products<0>();
     pin(out);
     free(barriers.values_empty[(turn - 1) % kStages]);
-#pragma unroll
-    for (auto& fragment : out)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) fragment[i] *= shrink[i / 2];
+    if (shrinks) shrink_sums(out, shrink);
 #pragma unroll
     for (int k = 0; k < Keys / 16; ++k) narrow(type, p[k], scores, k);
   }
@@ -235,8 +273,8 @@ __device__ void consume(Type type, const Prefill& args, const PrefillWork& work,
   wait_products<0>();
   pin(out);
   const uint32_t mine = warp * 16;
-  store_rows(out, softmax, args.out_factor(work.kv_head), args.out, at + mine * work.stride, work.stride,
-             mine < rows ? min(16u, rows - mine) : 0, lane);
+  store_rows<Chunks<Type, HeadDim>>(out, softmax, args.out_factor(work.kv_head), args.out, at + mine * work.stride,
+                                    work.stride, mine < rows ? min(16u, rows - mine) : 0, lane);
 }
 
 #endif
@@ -272,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(Prefill args) {
     produce<HeadDim, Keys>(Cache{}, args, work, shared, barriers, first_key);
   } else {
     grow_registers<kConsumerRegisters<Cache>>();
-    const int group = threadIdx.x / kGroup - 1;
+    const int group = __shfl_sync(~0u, threadIdx.x / kGroup, 0) - 1;  // known to be the same in a warp
     if (group < consumers) consume(typename CacheType<Cache>::Type{}, args, work, shared, barriers, first_key, group);
   }
 #endif

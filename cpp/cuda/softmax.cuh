@@ -25,43 +25,80 @@ struct Sight {
   }
 };
 
-// Products to scores, of keys from `key` on; those that are not seen become -infinity.
+// Those of keys from `key` on that are not seen become -infinity.
 template <int N>
-__device__ void score(float (&scores)[N][4], const ScoreScale& scale, const Sight& sight, uint32_t key, int lane) {
-  const bool edge = !sight.all_of(key, N * 8);
+__device__ void hide(float (&scores)[N][4], const Sight& sight, uint32_t key, int lane) {
+  const int last = static_cast<int>(sight.position + lane / 4 - key) - lane % 4 * 2;  // that the upper row sees
+  const int first = sight.window == 0 ? -N * 8 - 16 : last - static_cast<int>(sight.window) + 1;
 #pragma unroll
   for (int n = 0; n < N; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      scores[n][i] = scale(scores[n][i]);
-      if (edge && !sight.sees(lane / 4 + i / 2 * 8, key + n * 8 + lane % 4 * 2 + i % 2)) scores[n][i] = -INFINITY;
+      const int column = n * 8 + i % 2 - i / 2 * 8;
+      if (column > last || column < first) scores[n][i] = -INFINITY;
     }
 }
 
+// Products to what scores are a multiple of, the one that is returned; those of keys, from `key` on, that are not seen
+// to -infinity. One branch for all: where each has its own, they take longer than the products.
+template <int N>
+__device__ float score(float (&products)[N][4], const ScoreScale& scale, const Sight& sight, uint32_t key, int lane) {
+  float factor = scale.scale;
+  if (scale.cap > 0) {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) products[n][i] = scale.capped(products[n][i]);
+    factor = 1;
+  }
+  if (!sight.all_of(key, N * 8)) hide(products, sight, key, lane);
+  return factor;
+}
+
+// Exponentials are relative to a score of the row that is at most kSlack, in log2 units, below the highest so far:
+// what was summed up is seldom to be scaled anew, and the final division makes good for it. Rows do not depend on each
+// other.
 struct RunningSoftmax {
-  float best[2] = {-INFINITY, -INFINITY};
+  static constexpr float kSlack = 8;
+  float base[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0, 0};  // a lane's own share
 
-  // Scores to exponentials. What was summed up with those before is to be multiplied by `shrink`.
+  // Products, `factor` of which are scores, to exponentials. What was summed up with those before is to be multiplied
+  // by `shrink`; false: by ones.
   template <int N>
-  __device__ void add(float (&scores)[N][4], float (&shrink)[2]) {
+  __device__ bool add(float (&products)[N][4], float factor, float (&shrink)[2]) {
+    bool rose = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float top = -INFINITY;
-#pragma unroll
-      for (int n = 0; n < N; ++n) top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      top = fmaxf(top, best[half]);
-      const float base = top == -INFINITY ? 0 : top;  // a row may see nothing of the tile, nor of those before
-      shrink[half] = fast_exp2(best[half] - base);
-      best[half] = top;
+      const float top = highest(products, half) * factor;
+      const bool rises = top > base[half] + kSlack;
+      shrink[half] = rises ? fast_exp2(base[half] - top) : 1;
+      if (rises) base[half] = top;
+      rose |= rises;
       sum[half] *= shrink[half];
-#pragma unroll
-      for (int n = 0; n < N; ++n)
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) sum[half] += scores[n][i] = fast_exp2(scores[n][i] - base);
     }
+    // A row may see nothing of the tile, nor of those before.
+    const float from[2] = {base[0] == -INFINITY ? 0 : -base[0], base[1] == -INFINITY ? 0 : -base[1]};
+    float more[4] = {};
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) more[i] += products[n][i] = fast_exp2(fmaf(products[n][i], factor, from[i / 2]));
+    sum[0] += more[0] + more[1];
+    sum[1] += more[2] + more[3];
+    return __any_sync(~0u, rose);
+  }
+
+  template <int N>
+  __device__ static float highest(const float (&products)[N][4], int half) {
+    float top[2] = {products[0][2 * half], products[0][2 * half + 1]};
+#pragma unroll
+    for (int n = 1; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) top[i] = fmaxf(top[i], products[n][2 * half + i]);
+    float all = fmaxf(top[0], top[1]);
+    all = fmaxf(all, __shfl_xor_sync(~0u, all, 1));
+    return fmaxf(all, __shfl_xor_sync(~0u, all, 2));
   }
 
   // What a row's sum of exponentials times values is to be divided by.
@@ -72,6 +109,14 @@ struct RunningSoftmax {
     return all;
   }
 };
+
+template <int N>
+__device__ void shrink_sums(float (&out)[N][4], const float (&shrink)[2]) {
+#pragma unroll
+  for (auto& fragment : out)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragment[i] *= shrink[i / 2];
+}
 
 // The C fragments of columns 16 k to 16 k + 15 as the A fragment of the next product.
 template <class Type, int N>
@@ -105,8 +150,13 @@ struct AttentionOut {
   }
 };
 
-// Writes a warp's rows, each times `factor` over its mass, from element `at` of the result on; `rows` are there.
-template <int N>
+struct InOrder {
+  __device__ static constexpr int at(int fragment) { return fragment; }
+};
+
+// Writes a warp's rows, each times `factor` over its mass, from element `at` of the result on; `rows` are there. A
+// fragment is chunk Chunks::at() of a row.
+template <class Chunks = InOrder, int N>
 __device__ void store_rows(const float (&out)[N][4], const RunningSoftmax& softmax, float factor,
                            const AttentionOut& to, size_t at, size_t stride, uint32_t rows, int lane) {
 #pragma unroll
@@ -116,7 +166,7 @@ __device__ void store_rows(const float (&out)[N][4], const RunningSoftmax& softm
     if (row >= rows) continue;
 #pragma unroll
     for (int n = 0; n < N; ++n)
-      to.store(at + row * stride + n * 8 + lane % 4 * 2,
+      to.store(at + row * stride + Chunks::at(n) * 8 + lane % 4 * 2,
                make_float2(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse));
   }
 }

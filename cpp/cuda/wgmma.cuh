@@ -18,6 +18,11 @@ __device__ inline uint64_t operand(uint32_t address, uint32_t block_bytes) {
   return kSwizzle128 | kEightRows >> 4 << 32 | uint64_t{block_bytes >> 4} << 16 | (address & 0x3ffff) >> 4;
 }
 
+// An operand so many bytes behind another of its kind. Only its lower half is computed with.
+__device__ inline uint64_t further(uint64_t operand, uint32_t bytes) {
+  return operand >> 32 << 32 | (static_cast<uint32_t>(operand) + (bytes >> 4));
+}
+
 // Before the first product, and whenever registers of one were touched.
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
