@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) prefill_kernel(Prefill args) {
   wait_for_last();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   PrefillWork work;
-  if (!work.find(args, HeadDim)) return;
+  if (!work.find(args, HeadDim, blockIdx.y, blockIdx.x)) return;
 
   const uint32_t mine = warp * 16, left = mine < work.rows ? min(16u, work.rows - mine) : 0;
   const size_t at = work.at + mine * work.stride;
@@ -138,7 +138,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1) prefill_kernel(Prefill args) {
   queries.load(args.q + at, work.stride, left, lane);
 
   auto find_rows = [&](uint32_t key, int64_t(&rows)[Keys]) {
-    if (threadIdx.x < Keys) rows[threadIdx.x] = work.row_of(args, key + threadIdx.x, HeadDim);
+    if (threadIdx.x >= Keys) return;
+    const uint32_t row = work.row_of(args, key + threadIdx.x);
+    rows[threadIdx.x] = row == kNowhere ? -1 : int64_t{row} * HeadDim;
   };
   uint32_t token = work.first_key / Keys * Keys;
   find_rows(token, shared.rows[0]);

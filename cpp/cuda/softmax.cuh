@@ -150,13 +150,8 @@ struct AttentionOut {
   }
 };
 
-struct InOrder {
-  __device__ static constexpr int at(int fragment) { return fragment; }
-};
-
-// Writes a warp's rows, each times `factor` over its mass, from element `at` of the result on; `rows` are there. A
-// fragment is chunk Chunks::at() of a row.
-template <class Chunks = InOrder, int N>
+// Writes a warp's rows, each times `factor` over its mass, from element `at` of the result on; `rows` are there.
+template <int N>
 __device__ void store_rows(const float (&out)[N][4], const RunningSoftmax& softmax, float factor,
                            const AttentionOut& to, size_t at, size_t stride, uint32_t rows, int lane) {
 #pragma unroll
@@ -166,7 +161,7 @@ __device__ void store_rows(const float (&out)[N][4], const RunningSoftmax& softm
     if (row >= rows) continue;
 #pragma unroll
     for (int n = 0; n < N; ++n)
-      to.store(at + row * stride + Chunks::at(n) * 8 + lane % 4 * 2,
+      to.store(at + row * stride + n * 8 + lane % 4 * 2,
                make_float2(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse));
   }
 }

@@ -457,6 +457,11 @@ class Operations : public Suite {
     for (int i = 0; i < 300; ++i) sequences.push_back({test::below(200), 1});
     attention("attention, 300 rows", kModels[3], Batch(32, sequences), 0);
     attention("attention, 300 rows", kModels[2], Batch(32, sequences), 50);
+    // More tiles than multiprocessors, dealt out in sections of heads.
+    vector<std::pair<uint32_t, uint32_t>> prompts;
+    for (int i = 0; i < 16; ++i) prompts.push_back({test::below(100), 257 + test::below(128)});
+    attention("attention, 16 prompts", kModels[0], Batch(32, prompts), 0);
+    attention("attention, 16 prompts", kModels[2], Batch(16, prompts), 50);
   }
 
   // Engines in threads launch the same kernels with different needs of shared memory at the same time.
