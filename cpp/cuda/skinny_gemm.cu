@@ -519,7 +519,7 @@ bool compiled() {
 uint32_t tiles(const Matrix& w) { return (w.rows + kTileRows - 1) / kTileRows; }
 
 // Where one tile a multiprocessor is all there is to do, and lower tiles make that hardly more than an even share, none
-// need be cut: joining them would be the product's end. Not chosen by the number of tokens, nor are the sums others.
+// need be cut: joining them would be the product's end. The number of tokens has no say in it.
 uint32_t tile_rows(const Matrix& w, const DeviceInfo& device) {
   const uint32_t share = (w.rows + device.multiprocessors - 1) / device.multiprocessors, rows = (share + 7) / 8 * 8;
   return rows >= kGroupRows && rows <= kTileRows && share * 20 >= rows * 19 ? rows : kTileRows;
@@ -575,21 +575,23 @@ Cut launch(SkinnyGemm work, const GemmArgs& args, const DeviceInfo& device, cons
   return work.cut;
 }
 
+// Of how many tokens the kernel for so many is, hence the sums that it leaves.
+uint32_t capacity(uint32_t tokens) { return tokens <= 8 ? 8 : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64; }
+
 template <Kind kKind>
 Cut launch(const SkinnyGemm& work, const GemmArgs& args, const DeviceInfo& device, const Stream& stream) {
   const auto by_tokens = [&](auto type) {
     using Type = decltype(type);
-    return args.tokens <= 8    ? launch<8, Type, kKind>
-           : args.tokens <= 16 ? launch<16, Type, kKind>
-           : args.tokens <= 32 ? launch<32, Type, kKind>
-                               : launch<64, Type, kKind>;
+    switch (capacity(args.tokens)) {
+      case 8: return launch<8, Type, kKind>;
+      case 16: return launch<16, Type, kKind>;
+      case 32: return launch<32, Type, kKind>;
+      default: return launch<64, Type, kKind>;
+    }
   };
   const auto run = args.w.dtype == DType::e4m3 ? by_tokens(E4m3{}) : by_tokens(Bf16{});
   return run(work, args, device, stream);
 }
-
-// Of how many tokens a kernel for so many is, hence the sums that it leaves.
-uint32_t capacity(uint32_t tokens) { return tokens <= 8 ? 8 : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64; }
 
 // `Args` are GemmArgs or GatedGemmArgs.
 template <class Args>
