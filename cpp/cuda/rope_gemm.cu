@@ -16,26 +16,13 @@
 
 #include "cuda/angle.cuh"
 #include "cuda/large_gemm.cuh"
+#include "cuda/rope.cuh"
 #include "cuda/rope_gemm.h"
 
 namespace gemma_cuda::cuda {
 namespace {
 
-struct RopeGemm : LargeGemm {
-  const uint32_t* positions;
-  const uint32_t* slots;
-  const float* inverse_frequency;
-  const float* q_norm;
-  const float* k_norm;
-  float eps;
-  uint32_t heads, kv_heads, page_size;
-  bf16_t* q;
-  void* keys;  // bf16, or FP8 with scales
-  void* values;
-  bool fp8_cache;
-  const float* key_scales;
-  const float* value_scales;
-};
+struct RopeGemm : LargeGemm, Rope {};
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -60,11 +47,10 @@ struct Tokens {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t token = first + threadIdx.x % 32 / 4 + 8 * i, at = min(token, args.tokens - 1);
-      const uint32_t slot = args.slots[at], page = slot / args.page_size;
+      const uint32_t slot = args.slots[at];
       const bool there = token < args.tokens;
       row[i] = there ? token : kNowhere;
-      cache_row[i] =
-          there && slot != kNoSlot ? page * args.kv_heads * args.page_size + (slot - page * args.page_size) : kNowhere;
+      cache_row[i] = there && slot != kNoSlot ? cuda::cache_row(args, slot) : kNowhere;
       position[i] = static_cast<float>(args.positions[at]);
       if constexpr (std::is_same_v<Type, E4m3>) x_scale[i] = args.x_scale(token);
     }
@@ -136,15 +122,6 @@ __device__ inline void norm(float (&x)[2][8], const float (&inverse)[2], const f
   for (int i = 0; i < 16; ++i) x[i / 8][i % 8] *= inverse[i / 8] * (1 + w[i % 8]);
 }
 
-// A pair's elements, of an angle.
-__device__ inline void rotate(float& low, float& high, float angle) {
-  float sine, cosine;
-  fast_sincos(angle, sine, cosine);
-  const float rotated = low * cosine - high * sine;
-  high = high * cosine + low * sine;
-  low = rotated;
-}
-
 // Without branches, for what stands around them is to be computed meanwhile.
 __device__ inline void store_where(bool where, char* to, const uint32_t (&x)[4]) {
   asm volatile(
@@ -156,33 +133,18 @@ __device__ inline void store_where(bool where, char* to, const uint32_t (&x)[2])
                "r"(x[0]), "r"(x[1]), "r"(int{where}));
 }
 
-// What is a head of a tile, and where the thread's columns of its two rows begin.
-struct Head {
-  bool query, value;
-  uint32_t kv_head;
+// A head of a tile, and where the thread's columns of its two rows begin.
+struct Head : RopeHead {
   char* to[2];  // null: nowhere
 
   template <class Type>
-  __device__ Head(const RopeGemm& args, const Tokens<Type>& tokens, uint32_t head, uint32_t head_dim)
-      : query(head < args.heads),
-        value(head >= args.heads + args.kv_heads),
-        kv_head(head - args.heads - (value ? args.kv_heads : 0)) {
-    char* const base = static_cast<char*>(query ? args.q : value ? args.values : args.keys);
+  __device__ Head(const RopeGemm& args, const Tokens<Type>& tokens, uint32_t of_product) : RopeHead(args, of_product) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t from = query ? tokens.row[i] : tokens.cache_row[i];
-      const size_t row = query ? size_t{from} * args.heads + head : size_t{from} + kv_head * args.page_size;
-      to[i] = from == kNowhere ? nullptr : base + (row * head_dim + run_column(0)) * (fp8(args) ? 1 : sizeof(bf16_t));
+      const bool nowhere = (query ? tokens.row[i] : tokens.cache_row[i]) == kNowhere;
+      char* const begin = static_cast<char*>(RopeHead::to(args, tokens.row[i], tokens.cache_row[i]));
+      to[i] = nowhere ? nullptr : begin + run_column(0) * (fp8(args) ? 1 : sizeof(bf16_t));
     }
-  }
-  __device__ bool fp8(const RopeGemm& args) const { return !query && args.fp8_cache; }
-  __device__ const float* norm(const RopeGemm& args) const {
-    return query ? args.q_norm : value ? nullptr : args.k_norm;
-  }
-  // What FP8 is multiplied by.
-  __device__ float factor(const RopeGemm& args) const {
-    const float* scales = value ? args.value_scales : args.key_scales;
-    return scales != nullptr ? 1.0f / scales[kv_head] : 1.0f;
   }
 
   // A run of one token.
@@ -232,7 +194,11 @@ __device__ void finish_rotated(Out out, const RopeGemm& args, const Rounded& x, 
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) rotate(low[row][i], high[row][i], position[row] * frequency[run][i]);
+      for (int i = 0; i < 8; ++i) {
+        float sine, cosine;
+        fast_sincos(position[row] * frequency[run][i], sine, cosine);
+        rotate(low[row][i], high[row][i], sine, cosine);
+      }
       head.store(out, low[row], row, run, factor);
       head.store(out, high[row], row, kHalf + run, factor);
     }
@@ -251,7 +217,7 @@ __device__ void finish_as(Out out, const RopeGemm& args, Rounded& x, const Token
 
 template <int HeadDim, int First, class Type>
 __device__ void finish(const RopeGemm& args, Rounded& x, const Tokens<Type>& tokens, uint32_t index) {
-  const Head head(args, tokens, index, HeadDim);
+  const Head head(args, tokens, index);
   head.fp8(args) ? finish_as<HeadDim, First>(E4m3{}, args, x, tokens, head)
                  : finish_as<HeadDim, First>(Bf16{}, args, x, tokens, head);
 }
@@ -290,23 +256,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class Type, int HeadDim, int Cluster>
 void launch(const GemmArgs& product, const RopeArgs& rope, const DeviceInfo& device, const Stream& stream) {
-  const KvLayer& cache = rope.cache;
-  const RopeGemm work{large_gemm<Type, Cluster>(product, kTileRows, kHalfRows),
-                      rope.positions,
-                      rope.slots,
-                      rope.inverse_frequency,
-                      rope.q_norm,
-                      rope.k_norm,
-                      rope.eps,
-                      rope.heads,
-                      cache.kv_heads,
-                      cache.page_size,
-                      static_cast<bf16_t*>(rope.q),
-                      cache.keys,
-                      cache.values,
-                      cache.dtype == DType::e4m3,
-                      cache.key_scales,
-                      cache.value_scales};
+  const RopeGemm work{large_gemm<Type, Cluster>(product, kTileRows, kHalfRows), rope_of(rope)};
   const Matrix& w = product.w;
   const auto kernel = rope_gemm_kernel<Type, HeadDim, Cluster>;
   allow_shared(kernel, kRingBytes);
