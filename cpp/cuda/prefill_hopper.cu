@@ -121,7 +121,6 @@ struct Fp8Rows {
         store_chunk(lane_chunk<kRuns, Keys>(tile, i * kAtOnce, chunk, warp, lane), chunks[half]);
       }
     }
-    publish_to_products();
   }
 };
 
@@ -345,9 +344,11 @@ struct Consumer {
         keys(operand(shared.keys(0), 0)),
         values(operand(shared.values(0), Memory::kKeyBlock)) {}
 
+  // A fence here makes all that the barrier shows this thread visible to its products. The producer, which has no time
+  // to spare, would have to wait in it for its own stores.
   __device__ static void await(Barrier& full, uint32_t at) {
     wait(full, at / kStages % 2);
-    if constexpr (std::is_same_v<Type, Bf16>) publish_to_products();  // a producer of FP8 has done it
+    publish_to_products();
   }
   __device__ void start_scores(uint32_t at) {
     const uint32_t stage = at % kStages;
