@@ -11,8 +11,8 @@
 // of rows), and takes them to the tensor cores: S^T = K Q^T and O^T = V^T P^T with the group's query heads as the eight
 // columns of the product. A group of more is several rows, which read the same tiles. No barrier but the one after the
 // geometry is computed and those of rows apart. Of a row each warp leaves a part of the result (maximum, sum,
-// unnormalized output), and the last combines them in a fixed order, whichever warp that is. No block waits for
-// another.
+// unnormalized output), and the last combines them in a fixed order, whichever warp that is; its own part it has at
+// hand. No block waits for another.
 //
 // What earlier steps left in the cache is asked for before the kernel before has ended (launch.cuh); only the tile with
 // the newest token has to wait for it. Code is kept short: every layer reads it anew.
@@ -339,7 +339,8 @@ struct Weighed {
   }
 };
 
-// Where the parts of a row are left, in their order, and how many have been.
+// Where the parts of a row are left, in their order, and how many have been. One of them, `mine`, is the caller's, who
+// has it in shared memory.
 struct Parts {
   float* sums;
   float2* weights;  // maximum (log2 units) and sum
@@ -348,11 +349,27 @@ struct Parts {
   uint32_t stride;      // of sums, in floats
   uint32_t step = 1;    // from one part to the next
   bool second = false;  // whether the first one begins a place later
+  uint32_t mine = 0;
+  float* my_sums = nullptr;  // null: left with the others
+  float2* my_weights = nullptr;
 
   __device__ uint32_t place(uint32_t part) const { return step * part + (part == 0 && second ? 1 : 0); }
+  __device__ bool held(uint32_t part) const { return part == mine && my_sums != nullptr; }
   __device__ float* sums_of(uint32_t part) const { return sums + size_t{place(part)} * stride; }
   __device__ float2* weights_of(uint32_t part) const { return weights + place(part) * queries; }
+  __device__ const float* read_sums(uint32_t part) const { return held(part) ? my_sums : sums_of(part); }
+  __device__ const float2* read_weights(uint32_t part) const { return held(part) ? my_weights : weights_of(part); }
 
+  // Whether all others have been left.
+  __device__ bool others_there(int lane) const {
+    if (count == 1) return true;
+    uint32_t there = 0;
+    if (lane == 0) {
+      there = load_acquire(*arrived);
+      if (there + 1 == count) *arrived = 0;
+    }
+    return __shfl_sync(~0u, there, 0) + 1 == count;
+  }
   // Whether with one more part all are there. Whoever brings the last sets the count back for the next launch.
   __device__ bool complete(int lane) const {
     __syncwarp();  // every lane has written
@@ -380,8 +397,8 @@ __device__ void combine(const Decode& args, const Row& row, const Parts& parts, 
 #pragma unroll
       for (uint32_t i = 0; i < kAtOnce; ++i) {
         const bool there = from + i < parts.count;
-        weights[i] = there ? parts.weights_of(from + i)[query] : make_float2(-INFINITY, 0);
-        const float4* part = reinterpret_cast<const float4*>(parts.sums_of(from + i) + query * HeadDim) + lane;
+        weights[i] = there ? parts.read_weights(from + i)[query] : make_float2(-INFINITY, 0);
+        const float4* part = reinterpret_cast<const float4*>(parts.read_sums(from + i) + query * HeadDim) + lane;
 #pragma unroll
         for (int run = 0; run < Mean::kRuns; ++run)
           values[i][run] = there && Mean::within(lane) ? part[32 * run] : float4{};
@@ -438,43 +455,68 @@ struct Work {
   __device__ uint32_t blocks(const Cursor& at) const { return (at.row_end + warps * length - 1) / (warps * length); }
 };
 
-// Where the parts of the row at the cursor are left, and which of them is this warp's. Of a row that one block has, the
-// rings have room for them: they are no longer used.
+// Where the parts of the row at the cursor are left. Of a row that one block has, the rings have room for them: they
+// are no longer used.
 template <int HeadDim>
 __device__ Parts parts_of(const Decode& args, const Work& work, const Cursor& at, char* rings, uint32_t ring_bytes,
-                          float2* weights, uint32_t& mine) {
+                          float2* weights) {
   if (work.apart) {
-    mine = threadIdx.x / 32;
     const uint32_t left = min(work.warps * work.length, at.row_end - work.block * work.warps * work.length);
     return {.sums = reinterpret_cast<float*>(rings),
             .weights = weights,
             .arrived = nullptr,
             .count = (left + work.length - 1) / work.length,
             .queries = args.queries,
-            .stride = ring_bytes / static_cast<uint32_t>(sizeof(float))};
+            .stride = ring_bytes / static_cast<uint32_t>(sizeof(float)),
+            .mine = threadIdx.x / 32};
   }
   const uint32_t first = at.row_begin / work.length;
-  mine = work.stretch - first;
   Parts parts = global_parts<HeadDim>(args, 2 * first, first, (at.row_end - 1) / work.length - first + 1);
   parts.step = 2;  // a stretch may have the end of one row and the beginning of another
   parts.second = at.row_begin % work.length != 0;
+  parts.mine = work.stretch - first;
   return parts;
 }
 
 // A barrier of the first warps of a block.
 __device__ void meet(uint32_t warps) { asm volatile("barrier.cta.sync 1, %0;" ::"r"(32 * warps) : "memory"); }
 
-// Leaves the warp's part of the row at the cursor. The last combines them: of a block the last in number, else
-// whichever comes last. If other blocks have parts of the row too, what those of a block come to is one of them.
+// A part in shared memory to where others find it.
+template <int HeadDim>
+__device__ void publish(const Parts& parts, int lane) {
+  float4* const to = reinterpret_cast<float4*>(parts.sums_of(parts.mine));
+#pragma unroll 1
+  for (uint32_t i = lane; i < parts.queries * HeadDim / 4; i += 32)
+    to[i] = reinterpret_cast<const float4*>(parts.my_sums)[i];
+  if (lane < parts.queries) parts.weights_of(parts.mine)[lane] = parts.my_weights[lane];
+}
+
+// The warp's part of the row at the cursor. Of a row that blocks have for themselves, the last of a block's warps
+// combines the block's parts, and what they come to is one part, if other blocks have some too. Else whoever comes last
+// combines them. That is mostly who has come to the end of its stretch, when the kernel ends: its own part then need
+// not go to global memory, nor does it wait in a fence for all that it has asked for. `stage` is one that is no longer
+// used.
 template <int HeadDim, class Cache>
 __device__ void finish(const State<HeadDim, Cache>& state, const Decode& args, const Work& work, const Cursor& at,
-                       char* rings, uint32_t ring_bytes, float2* weights, int lane) {
-  uint32_t mine;
-  Parts parts = parts_of<HeadDim>(args, work, at, rings, ring_bytes, weights, mine);
-  state.leave(parts.sums_of(mine), parts.weights_of(mine), at.row.queries, lane);
-  if (work.apart) meet(parts.count);
-  const uint32_t blocks = work.apart ? work.blocks(at) : 1;
-  bool complete = work.apart ? mine + 1 == parts.count : parts.complete(lane);
+                       char* rings, uint32_t ring_bytes, char* stage, float2* weights, int lane) {
+  Parts parts = parts_of<HeadDim>(args, work, at, rings, ring_bytes, weights);
+  parts.my_sums = work.apart ? parts.sums_of(parts.mine) : reinterpret_cast<float*>(stage);
+  parts.my_weights = weights + threadIdx.x / 32 * args.queries;
+  state.leave(parts.my_sums, parts.my_weights, at.row.queries, lane);
+  __syncwarp();
+  uint32_t blocks = 1;
+  bool complete;
+  if (work.apart) {
+    meet(parts.count);
+    blocks = work.blocks(at);
+    complete = parts.mine + 1 == parts.count;
+  } else {
+    complete = parts.others_there(lane);
+    if (!complete) {
+      publish<HeadDim>(parts, lane);
+      complete = parts.complete(lane);
+    }
+  }
   for (bool all = blocks == 1; complete; all = true) {
     const Parts others = global_parts<HeadDim>(args, at.row.begin, at.row.begin, blocks);
     combine<HeadDim>(args, at.row, parts, all, others, work.block, lane);
@@ -482,6 +524,7 @@ __device__ void finish(const State<HeadDim, Cache>& state, const Decode& args, c
     parts = others;
     complete = parts.complete(lane);
   }
+  __syncwarp();  // the stage may be used again
 }
 
 template <int HeadDim, class Cache>
@@ -519,7 +562,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, most_blocks<HeadDim>) decode_k
       state.add(q, stage, here.first_token(), here.row.tokens, lane);
       __syncwarp();  // nobody reads the stage any more
       if (here.at + 1 == here.row_end || here.at + 1 == here.end) {
-        finish(state, args, work, here, rings, kRing, weights, lane);
+        finish(state, args, work, here, rings, kRing, rings + (stage - shared_address(rings)), weights, lane);
         piece = here.at + 1;
       }
       here.next(args, before);
