@@ -15,6 +15,7 @@
 #include "cuda/requirements.h"
 #include "cuda/rope_gemm.h"
 #include "cuda/sampler.h"
+#include "cuda/side_stream.h"
 #include "cuda/skinny_gemm.h"
 
 namespace gemma_cuda::cuda {
@@ -89,6 +90,18 @@ uint64_t workspace_of(const DeviceInfo& device, const WorkLimits& limits) {
          decode_scratch_bytes(device, limits.head_dim, limits.group) + decode_arrival_bytes(device);
 }
 
+// How many multiprocessors the attention of prompts gets for itself beside that of sequences with one new token. 0:
+// they go one after the other. A step with a few prompts among many sequences, as the scheduler makes them, has some
+// query tiles a head: alone they would leave most of the GPU idle, while the others are bound by memory and can spare
+// some multiprocessors. `mixed` of gemma-7b in FP8 is 1.7 % faster for it; a block a head, for all its tiles, is better
+// than two by 0.2 %.
+int multiprocessors_beside(const AttentionArgs& args, const DeviceInfo& device) {
+  constexpr uint32_t kLeastSequences = 32, kMostTokens = 256;
+  if (device.capability != 90 || args.tiles == 0 || args.sequences < kLeastSequences || args.tokens > kMostTokens)
+    return 0;
+  return std::min<int>(args.heads, device.multiprocessors / 4);
+}
+
 // Launches on the stream it was recorded from.
 class CapturedGraph final : public Graph {
  public:
@@ -129,6 +142,7 @@ class CudaBackend final : public Backend {
     const DeviceScope scope(device.index);
     gemm_ = std::make_unique<Gemm>(device_, names_.kind);
     GEMMA_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    beside_.open();
   }
   ~CudaBackend() override {
     int before = 0;
@@ -137,6 +151,7 @@ class CudaBackend final : public Backend {
     cudaStreamSynchronize(stream_);
     gemm_.reset();
     cudaStreamDestroy(stream_);
+    beside_.close();
     cudaSetDevice(before);
   }
 
@@ -220,8 +235,9 @@ class CudaBackend final : public Backend {
   }
   void gemm_norm(const GemmArgs& product, const NormArgs& args) override {
     on_device([&] {
-      if (const auto parts = gemm_->run_in_parts(product, stream())) return cuda::norm(args, *parts, stream());
-      gemm_->run(product, stream());
+      const Stream first = stream();
+      if (const auto parts = gemm_->run_in_parts(product, first)) return cuda::norm(args, *parts, stream());
+      gemm_->run(product, first);
       cuda::norm(args, stream());
     });
   }
@@ -237,7 +253,8 @@ class CudaBackend final : public Backend {
   void gated_gemm(const GatedGemmArgs& args) override {
     if (!fuses_gated_gemm(args)) return Backend::gated_gemm(args);
     on_device([&] {
-      if (!gemm_->run_gated(args, stream())) cuda::gated_gemm(args, device_, stream());
+      const Stream on = stream();
+      if (!gemm_->run_gated(args, on)) cuda::gated_gemm(args, device_, on);
     });
   }
   void rope_gemm(const GemmArgs& product, const RopeArgs& rope) override {
@@ -258,8 +275,15 @@ class CudaBackend final : public Backend {
   }
   void attention(const AttentionArgs& args) override {
     on_device([&] {
-      const size_t scratch = decode_scratch_bytes(device_, args.cache.head_dim, args.heads / args.cache.kv_heads);
-      decode_attention(args, device_, decode_scratch_.get<char>(scratch), decode_arrivals(), stream());
+      if (const int beside = multiprocessors_beside(args, device_); beside > 0) {
+        const Stream prompts = beside_.fork(stream_);
+        prefill_attention(args, part(beside), prompts);
+        decode(args, part(device_.multiprocessors - beside));
+        beside_.join(stream_);
+        joined_ = true;
+        return;
+      }
+      decode(args, device_);
       if (args.tiles > 0) prefill_attention(args, device_, stream());
     });
   }
@@ -290,7 +314,17 @@ class CudaBackend final : public Backend {
     if (decode_arrivals_.bytes() == 0) GEMMA_CUDA_CHECK(cudaMemset(decode_arrivals_.get<char>(bytes), 0, bytes));
     return decode_arrivals_.get<uint32_t>(0);
   }
-  Stream stream() const { return {stream_, device_.capability >= 90}; }
+  void decode(const AttentionArgs& args, const DeviceInfo& device) {
+    const size_t scratch = decode_scratch_bytes(device_, args.cache.head_dim, args.heads / args.cache.kv_heads);
+    decode_attention(args, device, decode_scratch_.get<char>(scratch), decode_arrivals(), stream());
+  }
+  DeviceInfo part(int multiprocessors) const {
+    DeviceInfo info = device_;
+    info.multiprocessors = multiprocessors;
+    return info;
+  }
+  // For one launch. The first one behind a join waits for two kernels, of which it could overlap with one only.
+  Stream stream() { return {stream_, device_.capability >= 90 && !std::exchange(joined_, false)}; }
 
   template <class F>
   void on_device(F launch) {
@@ -301,6 +335,8 @@ class CudaBackend final : public Backend {
   const DeviceInfo device_;
   const Names names_;
   cudaStream_t stream_ = nullptr;
+  SideStream beside_;
+  bool joined_ = false;
   DeviceScratch decode_scratch_, decode_arrivals_;
   MemoryUse buffers_;
   std::unique_ptr<Gemm> gemm_;

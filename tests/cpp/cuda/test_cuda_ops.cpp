@@ -261,6 +261,12 @@ class Operations : public Suite {
       const vector<bf16> again = download(out);
       CHECK(std::memcmp(again.data(), first.data(), again.size() * sizeof(bf16)) == 0);
     }
+    const auto graph = gpu_->capture([&] {
+      for (int i = 0; i < 2; ++i) gpu_->attention(args);
+    });
+    graph->launch();
+    const vector<bf16> replayed = download(out);
+    CHECK(std::memcmp(replayed.data(), first.data(), first.size() * sizeof(bf16)) == 0);
   }
 
   void rope(const Model& m, const Batch& batch) {
@@ -457,6 +463,11 @@ class Operations : public Suite {
     for (int i = 0; i < 300; ++i) sequences.push_back({test::below(200), 1});
     attention("attention, 300 rows", kModels[3], Batch(32, sequences), 0);
     attention("attention, 300 rows", kModels[2], Batch(32, sequences), 50);
+    // Prompts whose attention runs beside that of sequences with one new token.
+    vector<std::pair<uint32_t, uint32_t>> both{{0, 100}, {70, 60}};
+    for (int i = 0; i < 40; ++i) both.push_back({test::below(600), 1});
+    attention("attention, prompts beside", kModels[0], Batch(32, both), 0);
+    attention("attention, prompts beside", kModels[2], Batch(16, both), 50);
     // More tiles than multiprocessors, dealt out in sections of heads.
     vector<std::pair<uint32_t, uint32_t>> prompts;
     for (int i = 0; i < 16; ++i) prompts.push_back({test::below(100), 257 + test::below(128)});
@@ -501,6 +512,7 @@ class Operations : public Suite {
 
 }  // namespace
 
+// With the name of a model: that one; with "many": attention of many sequences.
 int main(int argc, char** argv) {
   Operations suite(test::gpu());
   const std::string only = run_models(suite, argc, argv);
@@ -509,6 +521,6 @@ int main(int argc, char** argv) {
   suite.quantize();
   for (uint32_t vocab : {509u, 262144u})
     if (only.empty() || vocab < 1000) suite.sample(vocab);
-  if (only.empty()) suite.many_sequences();
+  if (only.empty() || only == "many") suite.many_sequences();
   if (only.empty()) Operations::in_threads();  // thousands of launches: more than racecheck has memory for
 }
