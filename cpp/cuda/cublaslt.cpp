@@ -2,6 +2,9 @@
 
 #include <dlfcn.h>
 
+#include <map>
+#include <mutex>
+
 #include "core/error.h"
 #include "cuda/check.h"
 #include "cuda/requirements.h"
@@ -23,7 +26,6 @@ CublasLt load() {
   resolve(library, "cublasLtGetVersion", lt.version);
   if (const std::string problem = cublaslt_problem(lt.version()); !problem.empty()) throw Error::device(problem);
   resolve(library, "cublasLtCreate", lt.create);
-  resolve(library, "cublasLtDestroy", lt.destroy);
   resolve(library, "cublasLtGetStatusString", lt.status_string);
   resolve(library, "cublasLtMatmul", lt.matmul);
   resolve(library, "cublasLtMatmulAlgoGetHeuristic", lt.heuristic);
@@ -55,6 +57,16 @@ void* open_cublaslt(std::span<const char* const> names) {
 const CublasLt& CublasLt::get() {
   static const CublasLt lt = load();
   return lt;
+}
+
+cublasLtHandle_t CublasLt::handle(int device) const {
+  static std::mutex mutex;
+  static std::map<int, cublasLtHandle_t> handles;
+  const std::scoped_lock lock(mutex);
+  if (const auto found = handles.find(device); found != handles.end()) return found->second;
+  cublasLtHandle_t handle = nullptr;
+  check(create(&handle), "cublasLtCreate");
+  return handles[device] = handle;
 }
 
 void CublasLt::check(cublasStatus_t status, const char* call) const {

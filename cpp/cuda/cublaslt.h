@@ -14,7 +14,6 @@ void* open_cublaslt(std::span<const char* const> names);
 
 struct CublasLt {
   decltype(&cublasLtCreate) create;
-  decltype(&cublasLtDestroy) destroy;
   decltype(&cublasLtGetVersion) version;
   decltype(&cublasLtGetStatusString) status_string;
   decltype(&cublasLtMatmul) matmul;
@@ -31,6 +30,9 @@ struct CublasLt {
 
   // Throws Error::device saying which names were tried, or which version is too old.
   static const CublasLt& get();
+  // Of the current device, which has this number; made once, for the life of the process, and for all threads. To make
+  // or destroy one waits for the whole device, which would end what other threads are capturing.
+  cublasLtHandle_t handle(int device) const;
   // Throws naming the call.
   void check(cublasStatus_t status, const char* call) const;
 };

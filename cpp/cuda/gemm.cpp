@@ -39,9 +39,11 @@ uint32_t rounded_rows(uint32_t rows) {
 }  // namespace
 
 Gemm::Gemm(const DeviceInfo& device, std::string kind)
-    : lt_(CublasLt::get()), cache_(AlgorithmCache::shared()), device_(device), kind_(std::move(kind)) {
-  lt_.check(lt_.create(&handle_), "cublasLtCreate");
-}
+    : lt_(CublasLt::get()),
+      cache_(AlgorithmCache::shared()),
+      device_(device),
+      kind_(std::move(kind)),
+      handle_(lt_.handle(device.index)) {}
 
 Gemm::~Gemm() {
   for (auto& [key, plan] : plans_) {
@@ -50,7 +52,6 @@ Gemm::~Gemm() {
     lt_.layout_destroy(plan.out);
     lt_.desc_destroy(plan.desc);
   }
-  lt_.destroy(handle_);
 }
 
 void Gemm::search(bool on) {

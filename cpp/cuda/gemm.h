@@ -78,7 +78,7 @@ class Gemm {
   AlgorithmCache& cache_;
   const DeviceInfo device_;
   const std::string kind_;
-  cublasLtHandle_t handle_ = nullptr;
+  const cublasLtHandle_t handle_;
   DeviceScratch workspace_, arrivals_, x_scales_;
   bool searches_ = false;
   std::map<Key, Plan> plans_;

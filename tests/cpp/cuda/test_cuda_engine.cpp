@@ -191,13 +191,16 @@ void interleaved_engines_do_not_disturb_each_other(const Alone& alone) {
   CHECK(one.tokens == alone.one && two.tokens == alone.two);
 }
 
+// They are made and dropped while others capture their steps, and run.
 void engines_live_in_threads(const Alone& alone) {
-  std::array<Tokens, 4> got;
+  std::array<Tokens, 8> got;
   vector<std::thread> threads;
   for (size_t i = 0; i < got.size(); ++i)
     threads.emplace_back([&, i] {
-      const auto engine = make_engine(1 + i % 2);
-      for (int round = 0; round < 3; ++round) got[i] = generate(*engine);
+      for (int life = 0; life < 4; ++life) {
+        const auto engine = make_engine(1 + i % 2);
+        for (int round = 0; round < 2; ++round) got[i] = generate(*engine);
+      }
     });
   for (std::thread& thread : threads) thread.join();
   for (size_t i = 0; i < got.size(); ++i) CHECK(got[i] == (i % 2 == 0 ? alone.one : alone.two));
