@@ -99,7 +99,7 @@ int multiprocessors_beside(const AttentionArgs& args, const DeviceInfo& device) 
   constexpr uint32_t kLeastSequences = 32, kMostTokens = 256;
   if (device.capability != 90 || args.tiles == 0 || args.sequences < kLeastSequences || args.tokens > kMostTokens)
     return 0;
-  return std::min<int>(args.heads, device.multiprocessors / 4);
+  return std::min<int>(2 * args.heads, device.multiprocessors / 4);
 }
 
 // Launches on the stream it was recorded from.
