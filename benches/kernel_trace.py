@@ -38,9 +38,10 @@ def demangled(names):
 
 
 def shorten(name):
-    """A kernel and its template's arguments, without namespaces and parameters."""
-    name = re.sub(r"\(anonymous namespace\)::|[A-Za-z_0-9]+::|\([A-Za-z]+\)(?=\d)|^void ", "", name)
-    return re.sub(r"\(.*", "", name)[:60]
+    """A kernel and its template's arguments, without namespaces, types of enumerators, and parameters."""
+    for noise in (r"\(anonymous namespace\)::", r"\w+::", r"\(\w+\)(?=\d)", r"^void ", r"\(.*"):
+        name = re.sub(noise, "", name)
+    return name[:60]
 
 
 def steps_of(kernels, first):
