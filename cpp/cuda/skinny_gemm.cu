@@ -27,16 +27,13 @@
 // Logits are surveyed while they are in registers, for sample(). A row of which nobody wants more than the likeliest
 // token is not written at all: of 64 rows that is 65 MB less each way, 0.7 % of a step.
 //
-// Reached, on an H100, for the products of gemma-7b one after the other with a small kernel between, when all of the
-// ring was asked for at once and each product added its own parts (us; TB/s; a step is 2 to 10 % faster since):
-//            q, k, v (75 MB)   attention's output (25 MB)   gate and up (302 MB)   down (151 MB)
-//  8 tokens  28.7; 2.63        13.3; 1.89                   100.3; 3.01            53.8; 2.81
-// 64 tokens  29.4; 2.57        15.7; 1.61                   106.3; 2.84            57.2; 2.64
-//  8, FP8    17.1; 2.21         7.7; 1.63                   51.0; 2.96             29.4; 2.57
-// 64, FP8    17.9; 2.11        11.4; 1.11                   55.3; 2.73             32.5; 2.32
-// cuBLASLt's fastest at 64, bf16: 30.3, 12.6, 111.6, 60.0. The output of attention would be faster there, 0.3 % of a
-// step; it stays here, so that no row of a product depends on the batch. Joining the tiles that are cut takes 1 to 4 us
-// of each.
+// Reaches, on an H100, in a step of gemma-7b in FP8: what a product adds to the time of the kernels before it (us; what
+// its bytes need at the 3.01 TB/s of a copy, which come in part while those still run; benches/NOTES.md):
+//             q, k, v (12.5)   attention's output (4.2)   gate and up (50.2)   down (25.1)
+//  8 tokens    9.8              3.6                        48.6                 24.1
+// 64 tokens   14.8              5.9                        51.9                 25.2
+// In bf16 all four of 64 tokens add 188 for 184 of bytes. The output of attention by itself would be faster by
+// cuBLASLt, 0.3 % of a step; it stays here, so that no row of a product depends on the batch.
 #include <cuda_bf16.h>
 
 #include <algorithm>
