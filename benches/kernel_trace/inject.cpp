@@ -1,10 +1,10 @@
 // When every kernel of a program began and ended, as CUPTI sees it while kernels overlap as they always do: what
-// kernel_trace.py makes its tables of. Needs a CUDA toolkit with CUPTI, no change to the program:
+// table.py makes its tables of. Needs a CUDA toolkit with CUPTI in $CUDA, and no change to the program:
 //
-//   g++ -O2 -fPIC -shared benches/kernel_trace.cpp -o kernel_trace.so -I$CUDA/include -I$CUDA/extras/CUPTI/include \
-//       -L$CUDA/lib64 -L$CUDA/extras/CUPTI/lib64 -lcupti
+//   cupti=$CUDA/extras/CUPTI; g++ -O2 -fPIC -shared benches/kernel_trace/inject.cpp -o kernel_trace.so -I$CUDA/include
+//     -I$cupti/include -L$CUDA/lib64 -L$cupti/lib64 -lcupti                                      (one line)
 //   CUDA_INJECTION64_PATH=$PWD/kernel_trace.so KERNEL_TRACE=trace.csv gemma-cuda bench …
-//   benches/kernel_trace.py trace.csv
+//   benches/kernel_trace/table.py trace.csv
 #include <cupti.h>
 
 #include <cstdio>

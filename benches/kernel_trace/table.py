@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Where the time of a program's steps goes, of a trace that kernel_trace.cpp wrote.
+"""Where the time of a program's steps goes, of a trace that inject.cpp wrote.
 
 A kernel begins before the one before it has ended, so what it costs is what it adds: from when all before it have ended
 to its own end, and nothing where it ran beside one that ends later. Times are medians over the steps that look alike
@@ -73,7 +73,7 @@ def show(alike):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trace", help="what kernel_trace.cpp wrote")
+    parser.add_argument("trace", help="what inject.cpp wrote")
     parser.add_argument("--first", default="embed", metavar="KERNEL", help="what a step begins with (embed)")
     parser.add_argument("--top", type=int, default=4, metavar="N", help="so many kinds of steps, the costliest (4)")
     args = parser.parse_args()
