@@ -93,8 +93,8 @@ uint64_t workspace_of(const DeviceInfo& device, const WorkLimits& limits) {
 // How many multiprocessors the attention of prompts gets for itself beside that of sequences with one new token. 0:
 // they go one after the other. A step with a few prompts among many sequences, as the scheduler makes them, has some
 // query tiles a head: alone they would leave most of the GPU idle, while the others are bound by memory and can spare
-// some multiprocessors. `mixed` of gemma-7b in FP8 is 1.7 % faster for it; a block a head, for all its tiles, is better
-// than two by 0.2 %.
+// some multiprocessors. `mixed` of gemma-7b in FP8 is 1.6 % faster for it; 1.9 % with a block a head, but then a prompt
+// by itself, which takes the same captured step, would wait for its second tile.
 int multiprocessors_beside(const AttentionArgs& args, const DeviceInfo& device) {
   constexpr uint32_t kLeastSequences = 32, kMostTokens = 256;
   if (device.capability != 90 || args.tiles == 0 || args.sequences < kLeastSequences || args.tokens > kMostTokens)

@@ -1,4 +1,4 @@
-// The CUDA backend: one GPU, one stream, bf16 activations and weights.
+// The CUDA backend: one GPU, one stream (and one for what may run beside it), bf16 activations and weights.
 #pragma once
 
 #include <memory>
