@@ -31,16 +31,21 @@
 namespace gemma_cuda::cuda {
 namespace {
 
-constexpr int kMaxWarps = 8;  // a block
+constexpr uint32_t kMaxWarps = 8;  // a block
 
 template <int HeadDim, class Cache>
 constexpr uint32_t stage_bytes = 2 * kTileTokens* HeadDim * sizeof(Cache);
-// Of a warp's ring: of long ones two, so that there is room for more warps.
-template <int HeadDim, class Cache>
-constexpr int stages = stage_bytes<HeadDim, Cache> > 8192 ? 2 : 3;
-// That are tried. Six with two stages of 16 KiB are faster in a step than seven, which fill shared memory.
-template <int HeadDim, class Cache>
-constexpr int most_warps = stages<HeadDim, Cache> == 2 ? 6 : kMaxWarps;
+// A multiprocessor asks for so many bytes at once. Where there are many rows, 128 KiB keep the memory as busy as 192
+// do, which wait for each other: more by 1 % of a step of 64 sequences. Where there are few, a warp has hardly more
+// tiles than it can ask for, and all are best asked for at once.
+template <bool Many>
+constexpr uint32_t most_asked = (Many ? 128 : 192) << 10;
+// Of a warp's ring.
+template <int HeadDim, class Cache, bool Many>
+constexpr uint32_t stages = Many || stage_bytes<HeadDim, Cache> > 8192 ? 2 : 3;
+template <int HeadDim, class Cache, bool Many>
+constexpr uint32_t most_warps = std::min<uint32_t>(kMaxWarps, most_asked<Many> / (stages<HeadDim, Cache, Many> *
+                                                                                  stage_bytes<HeadDim, Cache>));
 template <int HeadDim>
 constexpr int most_blocks = HeadDim > 128 ? 1 : 2;  // a multiprocessor
 
@@ -527,11 +532,12 @@ __device__ void finish(const State<HeadDim, Cache>& state, const Decode& args, c
   __syncwarp();  // the stage may be used again
 }
 
-template <int HeadDim, class Cache>
+template <int HeadDim, class Cache, bool Many>
 __global__ void __launch_bounds__(kMaxWarps * 32, most_blocks<HeadDim>) decode_kernel(Decode args) {
   extern __shared__ __align__(128) char rings[];
   __shared__ float2 weights[kMaxWarps * kTileQueries];
-  constexpr uint32_t kStage = stage_bytes<HeadDim, Cache>, kStages = stages<HeadDim, Cache>, kRing = kStages * kStage;
+  constexpr uint32_t kStage = stage_bytes<HeadDim, Cache>, kStages = stages<HeadDim, Cache, Many>,
+                     kRing = kStages * kStage;
   const int lane = threadIdx.x % 32;
   const uint32_t ring = shared_address(rings) + threadIdx.x / 32 * kRing;
   uint32_t* before = reinterpret_cast<uint32_t*>(rings + blockDim.x / 32 * kRing);
@@ -578,17 +584,23 @@ __global__ void __launch_bounds__(kMaxWarps * 32, most_blocks<HeadDim>) decode_k
 
 constexpr int kStaticShared = 1024;  // bytes that decode_kernel has besides, at most
 
-template <int HeadDim, class Cache>
+template <int HeadDim, class Cache, bool Many>
 void launch(Decode args, const DeviceInfo& device, const Stream& stream) {
   const size_t geometry = (args.sequences + 1) * sizeof(uint32_t), most = device.shared_memory - kStaticShared;
-  constexpr size_t kWarpBytes = stages<HeadDim, Cache> * stage_bytes<HeadDim, Cache>;
-  int warps = most_warps<HeadDim, Cache>;
+  constexpr size_t kWarpBytes = stages<HeadDim, Cache, Many> * stage_bytes<HeadDim, Cache>;
+  uint32_t warps = most_warps<HeadDim, Cache, Many>;
   while (warps > 1 && warps * kWarpBytes + geometry > most) --warps;
   const size_t shared = warps * kWarpBytes + geometry;
   const uint32_t blocks = device.multiprocessors * (2 * (shared + 2048) <= most ? most_blocks<HeadDim> : 1);
   args.stretches = blocks * warps;
-  allow_shared(decode_kernel<HeadDim, Cache>, most);
-  launch_early(stream, blocks, warps * 32, shared, decode_kernel<HeadDim, Cache>, args);
+  allow_shared(decode_kernel<HeadDim, Cache, Many>, most);
+  launch_early(stream, blocks, warps * 32, shared, decode_kernel<HeadDim, Cache, Many>, args);
+}
+
+template <int HeadDim, class Cache>
+void launch(const Decode& args, const DeviceInfo& device, const Stream& stream) {
+  const bool many = args.sequences * args.kv_heads * args.shares > static_cast<uint32_t>(device.multiprocessors);
+  many ? launch<HeadDim, Cache, true>(args, device, stream) : launch<HeadDim, Cache, false>(args, device, stream);
 }
 
 template <int HeadDim>
