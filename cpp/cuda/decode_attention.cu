@@ -68,11 +68,6 @@ struct Decode {
   uint32_t stretches;
 };
 
-// What a head's results are multiplied by on their way out.
-__device__ float out_factor(const Decode& args, uint32_t head) {
-  return args.out.factor() * (args.value_scales != nullptr ? args.value_scales[head] : 1.0f);
-}
-
 // Rows of a sequence.
 __device__ uint32_t rows(const Decode& args) { return args.kv_heads * args.shares; }
 
@@ -138,6 +133,7 @@ struct Row {
   uint32_t query, queries;  // the first of its heads that the row is of, and how many there are
   uint32_t begin, count;
   Range tokens;
+  float key_scale, value_scale;  // asked for as soon as the row is found
 
   // The one that has number `at` of the line.
   __device__ void find(const Decode& args, const uint32_t* before, uint32_t at) {
@@ -156,6 +152,8 @@ struct Row {
     query = kv_head * group + share;
     queries = min(args.queries, group - share);
     tokens = range(args, sequence);
+    key_scale = args.key_scales != nullptr ? args.key_scales[kv_head] : 1.0f;
+    value_scale = args.value_scales != nullptr ? args.value_scales[kv_head] : 1.0f;
   }
   // Where its first query is among those of all tokens.
   __device__ size_t first(const Decode& args) const { return size_t{args.cu_seqlens[sequence]} * args.heads + query; }
@@ -236,9 +234,9 @@ struct State {
   float out[HeadDim / 16][4];
   float best[2], sum[2];  // of queries 2 (lane % 4) and the next; a lane's own share of the sum
 
-  __device__ void clear(const Decode& args, uint32_t head) {
+  __device__ void clear(const Decode& args, const Row& row) {
     score = args.score;
-    if (args.key_scales != nullptr) score.scale *= args.key_scales[head];
+    score.scale *= row.key_scale;
 #pragma unroll
     for (auto& fragment : out) fragment[0] = fragment[1] = fragment[2] = fragment[3] = 0;
     best[0] = best[1] = -INFINITY;
@@ -319,8 +317,8 @@ struct Weighed {
   float4 sum[kRuns] = {};
 
   __device__ static bool within(int lane) { return lane < HeadDim / 4; }
-  __device__ void write_out(const Decode& args, const Row& row, uint32_t query, int lane) const {
-    const float factor = out_factor(args, row.kv_head) / mass;
+  __device__ void write_out(const Decode& args, const Row& row, float out_factor, uint32_t query, int lane) const {
+    const float factor = out_factor * row.value_scale / mass;
     const size_t to = (row.first(args) + query) * HeadDim + 4 * lane;
 #pragma unroll
     for (int run = 0; run < kRuns; ++run)
@@ -390,8 +388,8 @@ struct Parts {
 
 // Weighs the parts of a row in their order, whoever came last: they are all of it, or part `place` of others.
 template <int HeadDim>
-__device__ void combine(const Decode& args, const Row& row, const Parts& parts, bool all, const Parts& others,
-                        uint32_t place, int lane) {
+__device__ void combine(const Decode& args, const Row& row, float out_factor, const Parts& parts, bool all,
+                        const Parts& others, uint32_t place, int lane) {
   using Mean = Weighed<HeadDim>;
   constexpr int kAtOnce = 4;
   for (uint32_t query = 0; query < row.queries; ++query) {
@@ -412,7 +410,7 @@ __device__ void combine(const Decode& args, const Row& row, const Parts& parts, 
       for (int i = 0; i < kAtOnce; ++i) mean.add(weights[i], values[i]);
     }
     if (all)
-      mean.write_out(args, row, query, lane);
+      mean.write_out(args, row, out_factor, query, lane);
     else
       mean.leave(others.sums_of(place) + query * HeadDim, others.weights_of(place)[query], lane);
   }
@@ -503,7 +501,7 @@ __device__ void publish(const Parts& parts, int lane) {
 // used.
 template <int HeadDim, class Cache>
 __device__ void finish(const State<HeadDim, Cache>& state, const Decode& args, const Work& work, const Cursor& at,
-                       char* rings, uint32_t ring_bytes, char* stage, float2* weights, int lane) {
+                       float out_factor, char* rings, uint32_t ring_bytes, char* stage, float2* weights, int lane) {
   Parts parts = parts_of<HeadDim>(args, work, at, rings, ring_bytes, weights);
   parts.my_sums = work.apart ? parts.sums_of(parts.mine) : reinterpret_cast<float*>(stage);
   parts.my_weights = weights + threadIdx.x / 32 * args.queries;
@@ -524,7 +522,7 @@ __device__ void finish(const State<HeadDim, Cache>& state, const Decode& args, c
   }
   for (bool all = blocks == 1; complete; all = true) {
     const Parts others = global_parts<HeadDim>(args, at.row.begin, at.row.begin, blocks);
-    combine<HeadDim>(args, at.row, parts, all, others, work.block, lane);
+    combine<HeadDim>(args, at.row, out_factor, parts, all, others, work.block, lane);
     if (all) break;
     parts = others;
     complete = parts.complete(lane);
@@ -548,6 +546,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, most_blocks<HeadDim>) decode_k
   Cursor here = work.tiles, ahead = here;
   uint32_t q[HeadDim / 16][2];
   State<HeadDim, Cache> state;
+  const float out_factor = args.out.factor();
   uint32_t piece = here.at;  // where this warp's part of the row begins
   bool early = true;
   const auto wait_once = [&] {
@@ -561,14 +560,15 @@ __global__ void __launch_bounds__(kMaxWarps * 32, most_blocks<HeadDim>) decode_k
       wait_once();
       if (here.at == piece) {
         load_queries<HeadDim, Cache>(args, here.row, q, lane);
-        state.clear(args, here.row.kv_head);
+        state.clear(args, here.row);
       }
       wait_copies<kStages - 1>();
       __syncwarp();  // every lane's copies are there
       state.add(q, stage, here.first_token(), here.row.tokens, lane);
       __syncwarp();  // nobody reads the stage any more
       if (here.at + 1 == here.row_end || here.at + 1 == here.end) {
-        finish(state, args, work, here, rings, kRing, rings + (stage - shared_address(rings)), weights, lane);
+        finish(state, args, work, here, out_factor, rings, kRing, rings + (stage - shared_address(rings)), weights,
+               lane);
         piece = here.at + 1;
       }
       here.next(args, before);

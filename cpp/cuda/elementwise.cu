@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kRowThreads) geglu_rows_kernel(Geglu args) {
     gate(pair_at(args, row, column), y);
     largest = fmaxf(largest, largest_magnitude(y));
   }
-  const float factor = row_factor(args.quantize, blockIdx.x, block_max(largest, partial));
+  const float factor = row_factor(args.quantize, given_scale(args.quantize), blockIdx.x, block_max(largest, partial));
   uint8_t* out = static_cast<uint8_t*>(args.out) + row * args.ffn;
   for (uint32_t column = threadIdx.x * 8; column < args.ffn; column += kRowThreads * 8) {
     gate(pair_at(args, row, column), y);
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeRows args
     }
     largest = block_max(largest, partial);
   }
-  const float factor = row_factor(args.how, blockIdx.x, largest);
+  const float factor = row_factor(args.how, given_scale(args.how), blockIdx.x, largest);
   uint8_t* out = static_cast<uint8_t*>(args.out) + size_t{blockIdx.x} * args.width;
   for (uint32_t column = threadIdx.x * 8; column < args.width; column += kRowThreads * 8) {
     load8(x + column, values);

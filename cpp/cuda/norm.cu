@@ -50,14 +50,14 @@ __device__ float inverse_rms(const float (&x)[N][8], uint32_t hidden, float eps,
 }
 
 template <int N>
-__device__ void store_fp8(const float (&x)[N][8], const Norm& args, size_t out, float* partial) {
+__device__ void store_fp8(const float (&x)[N][8], const Norm& args, float given, size_t out, float* partial) {
   float largest = 0;
   if (args.quantize.row_scales != nullptr) {
 #pragma unroll
     for (int i = 0; i < N; ++i) largest = fmaxf(largest, largest_magnitude(x[i]));
     largest = block_max(largest, partial);
   }
-  const float factor = row_factor(args.quantize, blockIdx.x, largest);
+  const float factor = row_factor(args.quantize, given, blockIdx.x, largest);
 #pragma unroll
   for (int i = 0; i < N; ++i)
     if (column(i) < args.hidden)
@@ -108,15 +108,19 @@ struct Delta<N, false> {
 template <int N>
 struct Delta<N, true> {
   Blocks blocks[N];
+  PartScales scales[N];
 
   __device__ explicit Delta(const Norm& args) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) blocks[i] = Blocks(args.parts.cut, min(column(i), args.hidden - 1) / kPartRows);
+    for (int i = 0; i < N; ++i) {
+      blocks[i] = Blocks(args.parts.cut, min(column(i), args.hidden - 1) / kPartRows);
+      if (column(i) < args.hidden) scales[i] = PartScales(args.parts, column(i));
+    }
   }
   __device__ void load(const Norm& args, float (&to)[N][8]) const {
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      if (column(i) < args.hidden) add_parts(args.parts, blockIdx.x, column(i), blocks[i], to[i]);
+      if (column(i) < args.hidden) add_parts(args.parts, blockIdx.x, column(i), blocks[i], scales[i], to[i]);
   }
 };
 
@@ -127,6 +131,7 @@ __global__ void __launch_bounds__(kMostThreads) norm_kernel(Norm args) {
   allow_next();
   const Weights<N, InParts> weights(args.weight, args.hidden), delta_weights(args.delta_weight, args.hidden);
   const Delta<N, InParts> block_output(args);
+  const float given = given_scale(args.quantize);
   wait_for_last();
   const uint32_t row = args.rows ? args.rows[blockIdx.x] : blockIdx.x;
   float* residual = args.residual + size_t{row} * args.hidden;
@@ -165,7 +170,7 @@ __global__ void __launch_bounds__(kMostThreads) norm_kernel(Norm args) {
     for (int j = 0; j < 8; ++j) x[i][j] *= inverse * (1 + weight[j]);
   }
   const size_t out = size_t{blockIdx.x} * args.hidden;
-  if (args.fp8) return store_fp8(x, args, out, partial);
+  if (args.fp8) return store_fp8(x, args, given, out, partial);
 #pragma unroll
   for (int i = 0; i < N; ++i)
     if (column(i) < args.hidden)

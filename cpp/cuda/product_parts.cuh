@@ -24,10 +24,32 @@ struct Blocks {
   __device__ uint32_t place(uint32_t block) const { return block * 2 + (block == first); }
 };
 
+// What eight neighbours of a row of the product are multiplied by. The model's scales are asked for at once, before the
+// kernel before has ended: they come from memory, for a step reads more than the L2 cache holds before it needs them
+// again. What other kernels have just written is not.
+struct PartScales {
+  float w[8] = {}, x = 1;
+
+  PartScales() = default;
+  __device__ PartScales(const ProductParts& parts, uint32_t column) {
+    if (parts.w_scales == nullptr) return;
+    if (!parts.fresh) load8(parts.w_scales + column, w);
+    if (parts.one_x_scale) x = *parts.x_scales;
+  }
+  __device__ void apply(const ProductParts& parts, uint32_t token, uint32_t column, float (&to)[8]) const {
+    if (parts.w_scales == nullptr) return;
+    float late[8];
+    if (parts.fresh) load8(parts.w_scales + column, late);
+    const float of_x = parts.one_x_scale ? x : parts.x_scales[token];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) to[j] *= (parts.fresh ? late[j] : w[j]) * of_x;
+  }
+};
+
 // Eight neighbours of a row of the product: the parts that these blocks have, added in the order of k, with their
 // scales, and rounded to bf16 as a product's output is.
 __device__ inline void add_parts(const ProductParts& parts, uint32_t token, uint32_t column, const Blocks& blocks,
-                                 float (&out)[8]) {
+                                 const PartScales& scales, float (&out)[8]) {
   constexpr uint32_t kAtOnce = 8;  // asked for before the first is needed
   const float* from = parts.sums + size_t{token} * kPartRows + column % kPartRows;
 #pragma unroll
@@ -47,13 +69,7 @@ __device__ inline void add_parts(const ProductParts& parts, uint32_t token, uint
       out[4] += high.x, out[5] += high.y, out[6] += high.z, out[7] += high.w;
     }
   }
-  if (parts.w_scales != nullptr) {
-    float w[8];
-    load8(parts.w_scales + column, w);
-    const float x = parts.x_scales[parts.one_x_scale ? 0 : token];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) out[j] *= w[j] * x;
-  }
+  scales.apply(parts, token, column, out);
 #pragma unroll
   for (float& x : out) x = __bfloat162float(__float2bfloat16_rn(x));
 }

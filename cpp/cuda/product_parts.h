@@ -21,6 +21,7 @@ struct ProductParts {
   const float* w_scales = nullptr;  // FP8: as SkinnyGemm has them
   const float* x_scales = nullptr;
   bool one_x_scale = false;
+  bool fresh = false;  // whether w and its scales have just been written
 };
 
 }  // namespace gemma_cuda::cuda

@@ -41,6 +41,17 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kernel(const bf16_t* qkv, Ro
       sincosf(at < kHalf ? position * rope.inverse_frequency[at] : 0, &sine[i], &cosine[i]);
     }
   }
+  // So are the model's scales and weights, which would come from memory.
+  void* const to = head.to(rope, token, head.query ? 0 : cache_row(rope, rope.slots[token]));
+  const float factor = head.factor(rope);
+  const float* const weight = head.norm(rope);
+  float low_weight[kPairs], high_weight[kPairs];
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const uint32_t at = i * 32 + lane;
+    low_weight[i] = weight != nullptr && at < kHalf ? weight[at] : 0;
+    high_weight[i] = weight != nullptr && at < kHalf ? weight[at + kHalf] : 0;
+  }
   wait_for_last();
   const bf16_t* in = qkv + (size_t{token} * all + head.head) * HeadDim;
 
@@ -52,23 +63,20 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kernel(const bf16_t* qkv, Ro
     high[i] = at < kHalf ? __bfloat162float(in[at + kHalf]) : 0;
   }
   if (!head.value) {
-    if (const float* weight = head.norm(rope)) {
+    if (weight != nullptr) {
       float squares = 0;
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) squares += low[i] * low[i] + high[i] * high[i];
       const float inverse = rsqrtf(warp_sum(squares) / HeadDim + rope.eps);
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
-        const uint32_t at = i * 32 + lane;
-        if (at >= kHalf) continue;
-        low[i] *= inverse * (1 + weight[at]);
-        high[i] *= inverse * (1 + weight[at + kHalf]);
+        low[i] *= inverse * (1 + low_weight[i]);
+        high[i] *= inverse * (1 + high_weight[i]);
       }
     }
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) rotate(low[i], high[i], sine[i], cosine[i]);
   }
-  void* const to = head.to(rope, token, head.query ? 0 : cache_row(rope, rope.slots[token]));
   const auto store = [&](auto* out, float factor) {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
@@ -76,7 +84,7 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kernel(const bf16_t* qkv, Ro
       if (at < kHalf) store_pair<kHalf>(out + at, low[i] * factor, high[i] * factor);
     }
   };
-  head.query ? store(static_cast<bf16_t*>(to), 1.0f) : store(static_cast<Cache*>(to), head.factor(rope));
+  head.query ? store(static_cast<bf16_t*>(to), 1.0f) : store(static_cast<Cache*>(to), factor);
 }
 
 template <int HeadDim>

@@ -65,7 +65,8 @@ constexpr uint32_t kRowBytes = 128;  // of a slot
 constexpr uint32_t kWeightBytes = kTileRows * kRowBytes;
 constexpr uint32_t kRingBytes = 208 << 10;  // leaves the kernels beside it some
 constexpr uint32_t kMaxSlots = 16;
-constexpr uint32_t kLeastSlots = 8;  // in a block's part of a tile: fewer take less time than joining another part
+// In a block's part of a tile: fewer take less time than joining another part, or adding it in the norm behind.
+constexpr uint32_t kLeastSlots = 8, kLeastLeftSlots = 4;
 
 template <int Tokens>
 constexpr uint32_t kSlotBytes = kWeightBytes + Tokens* kRowBytes;
@@ -102,7 +103,10 @@ struct SkinnyGemm {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr uint32_t kUnderWay = 4, kUnderWayEarly = 2;  // slots asked for at once: else, and before x is there
+// Slots asked for at once: else, and before x is there.
+template <class Type>
+constexpr uint32_t kUnderWay = std::is_same_v<Type, E4m3> ? 4 : 6;
+constexpr uint32_t kUnderWayEarly = 2;
 
 struct Barriers {
   Barrier weights[kMaxSlots], x[kMaxSlots], empty[kMaxSlots];
@@ -141,7 +145,7 @@ __device__ void bring_weights(const SkinnyGemm& args, const CUtensorMap& w, uint
   for (uint32_t i = 0; i < slots.count(); ++i) {
     const uint32_t slot = i % kSlots<Tokens>;
     if (i >= kSlots<Tokens>) wait(barriers.empty[slot], i / kSlots<Tokens> % 2 ^ 1);
-    const uint32_t most = is_over(barriers.begun, 0) ? kUnderWay : kUnderWayEarly;
+    const uint32_t most = is_over(barriers.begun, 0) ? kUnderWay<Type> : kUnderWayEarly;
     if (i >= most) wait(barriers.weights[(i - most) % kSlots<Tokens>], (i - most) / kSlots<Tokens> % 2);
     arrive_expecting(barriers.weights[slot], args.tile_rows * kRowBytes);
     const uint32_t to = ring + slot * kSlotBytes<Tokens>;
@@ -257,15 +261,18 @@ struct Rows {
   }
 };
 
-// What the thread's sums of FP8 products are multiplied by: of its rows of w, known before they are needed, and of x.
+// What the thread's sums of FP8 products are multiplied by: of its rows of w, and of x. The model's are asked for
+// before they are needed: they come from memory, for a step reads more than the L2 cache holds before it needs them
+// again.
 struct Scales {
-  float w[2];
+  float w[2], x;
 
   template <Kind kKind>
   __device__ Scales(const SkinnyGemm& args, const Rows<kKind>& rows) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       w[i] = args.w_scales != nullptr && rows.row[i] < args.n ? args.w_scales[rows.row[i]] : 1;
+    x = args.w_scales != nullptr && args.one_x_scale ? *args.x_scales : 1;
   }
   template <int N>
   __device__ void apply(float (&sums)[N][4], const SkinnyGemm& args) const {
@@ -275,7 +282,7 @@ struct Scales {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const uint32_t token = 8 * i + threadIdx.x % 4 * 2 + e % 2;
-        sums[i][e] *= w[e / 2] * args.x_scales[args.one_x_scale ? 0 : min(token, args.tokens - 1)];
+        sums[i][e] *= w[e / 2] * (args.one_x_scale ? x : args.x_scales[min(token, args.tokens - 1)]);
       }
   }
 };
@@ -299,9 +306,8 @@ __device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const R
 }
 
 template <int N>
-__device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const Rows<Kind::gated>& rows) {
+__device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const Rows<Kind::gated>& rows, float factor) {
   if (rows.row[0] >= args.n) return;
-  const float factor = args.out_scale != nullptr ? 1.0f / *args.out_scale : 1.0f;
 #pragma unroll
   for (int i = 0; i < N; ++i)
 #pragma unroll
@@ -319,14 +325,32 @@ __device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const R
 
 // Of each tile in its turn, by all threads that multiply, and at the end.
 template <int Tokens, Kind kKind>
-class Finish {
+class Finish;
+
+template <int Tokens>
+class Finish<Tokens, Kind::plain> {
  public:
   __device__ explicit Finish(const SkinnyGemm& args) : args_(args) {}
-  __device__ void tile(const float (&sums)[Tokens / 8][4], const Rows<kKind>& rows) { store(sums, args_, rows); }
+  __device__ void tile(const float (&sums)[Tokens / 8][4], const Rows<Kind::plain>& rows) { store(sums, args_, rows); }
   __device__ void end() {}
 
  private:
   const SkinnyGemm& args_;
+};
+
+template <int Tokens>
+class Finish<Tokens, Kind::gated> {
+ public:
+  __device__ explicit Finish(const SkinnyGemm& args)
+      : args_(args), factor_(args.out_scale != nullptr ? 1.0f / *args.out_scale : 1.0f) {}
+  __device__ void tile(const float (&sums)[Tokens / 8][4], const Rows<Kind::gated>& rows) {
+    store(sums, args_, rows, factor_);
+  }
+  __device__ void end() {}
+
+ private:
+  const SkinnyGemm& args_;
+  const float factor_;
 };
 
 template <int Tokens>
@@ -549,7 +573,8 @@ void divide(SkinnyGemm& work, const Matrix& w, uint32_t columns, bool low_tiles,
   work.tile_rows = low_tiles ? tile_rows(w, device) : kTileRows;
   work.cut.depth = (w.cols + columns - 1) / columns;
   const uint32_t all = (w.rows + work.tile_rows - 1) / work.tile_rows,
-                 parts = work.tile_rows < kTileRows ? 1 : std::max(1u, work.cut.depth / kLeastSlots);
+                 least = work.leave_parts ? kLeastLeftSlots : kLeastSlots,
+                 parts = work.tile_rows < kTileRows ? 1 : std::max(1u, work.cut.depth / least);
   const uint32_t blocks = work.cut.blocks = std::min<uint32_t>(device.multiprocessors, all * parts);
   if (!work.leave_parts) {
     // Fewer cut tiles than half the blocks would be in too many parts each.
@@ -622,7 +647,8 @@ ProductParts skinny_gemm_in_parts(const GemmArgs& args, const DeviceInfo& device
           .capacity = capacity(args.tokens),
           .w_scales = work.w_scales,
           .x_scales = work.x_scales,
-          .one_x_scale = work.one_x_scale};
+          .one_x_scale = work.one_x_scale,
+          .fresh = work.fresh};
 }
 
 bool skinny_gated_gemm_fits(const GatedGemmArgs& args, const DeviceInfo& device) {
