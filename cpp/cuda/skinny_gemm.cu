@@ -261,6 +261,9 @@ struct Rows {
   }
 };
 
+// Of a fragment's eight tokens a thread has two that follow each other: its i-th is this one.
+__device__ inline uint32_t token_of(int i) { return i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2; }
+
 // What the thread's sums of FP8 products are multiplied by: of its rows of w, and of x. The model's are asked for
 // before they are needed: they come from memory, for a step reads more than the L2 cache holds before it needs them
 // again.
@@ -277,50 +280,90 @@ struct Scales {
   template <int N>
   __device__ void apply(float (&sums)[N][4], const SkinnyGemm& args) const {
     if (args.w_scales == nullptr) return;
+    if (args.one_x_scale) {
+      multiply(sums, [&](int) { return x; });
+    } else {
+      float of_token[2 * N];
+#pragma unroll
+      for (int i = 0; i < 2 * N; ++i) of_token[i] = args.x_scales[min(token_of(i), args.tokens - 1)];
+      multiply(sums, [&](int i) { return of_token[i]; });
+    }
+  }
+
+ private:
+  template <int N, class F>
+  __device__ void multiply(float (&sums)[N][4], F of_token) const {
 #pragma unroll
     for (int i = 0; i < N; ++i)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const uint32_t token = 8 * i + threadIdx.x % 4 * 2 + e % 2;
-        sums[i][e] *= w[e / 2] * (args.one_x_scale ? x : args.x_scales[min(token, args.tokens - 1)]);
-      }
+      for (int e = 0; e < 4; ++e) sums[i][e] *= w[e / 2] * of_token(2 * i + e % 2);
   }
 };
 
-// Fragments: a thread has two rows of w, and of every eight tokens two that follow each other. `kept`: which tokens.
+// Which of a thread's tokens there are, in the order of token_of().
+template <int N>
+__device__ uint32_t tokens_there(const SkinnyGemm& args, uint64_t kept = ~uint64_t{0}) {
+  uint32_t there = 0;
+#pragma unroll
+  for (int i = 0; i < 2 * N; ++i) there |= (token_of(i) < args.tokens && (kept >> token_of(i) & 1) != 0 ? 1u : 0u) << i;
+  return there;
+}
+
+// A store under a predicate: ptxas makes a branch of an if around a conversion and a store.
+__device__ inline void store_if(bool there, float* to, float x) {
+  asm volatile("{.reg .pred there; setp.ne.b32 there, %0, 0; @there st.global.f32 [%1], %2;}" ::"r"(uint32_t{there}),
+               "l"(to), "f"(x)
+               : "memory");
+}
+__device__ inline void store_if(bool there, __nv_bfloat16* to, float x) {
+  asm volatile("{.reg .pred there; setp.ne.b32 there, %0, 0; @there st.global.b16 [%1], %2;}" ::"r"(uint32_t{there}),
+               "l"(to), "h"(__bfloat16_as_ushort(__float2bfloat16_rn(x)))
+               : "memory");
+}
+__device__ inline void store_if(bool there, uint8_t* to, float x) {
+  asm volatile("{.reg .pred there; setp.ne.b32 there, %0, 0; @there st.global.b8 [%1], %2;}" ::"r"(uint32_t{there}),
+               "l"(to), "r"(narrow_e4m3(x, 0))
+               : "memory");
+}
+
+// A thread's results for one column of out, of the tokens in `there`; value(i) is that of token_of(i). Every layer
+// reads this code anew from the L2 cache, so there is little of it.
+template <int N, class Out, class F>
+__device__ void store_column(Out* out, uint32_t columns, uint32_t column, uint32_t there, F value) {
+  Out* to = out + size_t{token_of(0)} * columns + column;
+#pragma unroll
+  for (int i = 0; i < 2 * N; ++i) {
+    store_if(there >> i & 1, to, value(i));
+    to += size_t{columns} * (i % 2 == 0 ? 1 : 7);
+  }
+}
+
 template <int N, Kind kKind>
-__device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const Rows<kKind>& rows,
-                      uint64_t kept = ~uint64_t{0}) {
+__device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const Rows<kKind>& rows, uint32_t there) {
+  const auto store_as = [&](auto* out) {
 #pragma unroll
-  for (int i = 0; i < N; ++i)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const uint32_t token = 8 * i + threadIdx.x % 4 * 2 + e % 2, column = rows.row[e / 2];
-      if (token >= args.tokens || column >= args.n || (kept >> token & 1) == 0) continue;
-      const size_t at = size_t{token} * args.n + column;
-      if (args.out_dtype == DType::f32)
-        static_cast<float*>(args.out)[at] = sums[i][e];
-      else
-        static_cast<__nv_bfloat16*>(args.out)[at] = __float2bfloat16_rn(sums[i][e]);
-    }
+    for (int r = 0; r < 2; ++r)
+      store_column<N>(out, args.n, rows.row[r], rows.row[r] < args.n ? there : 0,
+                      [&](int i) { return sums[i / 2][2 * r + i % 2]; });
+  };
+  if (args.out_dtype == DType::f32)
+    store_as(static_cast<float*>(args.out));
+  else
+    store_as(static_cast<__nv_bfloat16*>(args.out));
 }
 
 template <int N>
 __device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const Rows<Kind::gated>& rows, float factor) {
-  if (rows.row[0] >= args.n) return;
+  const uint32_t there = rows.row[0] < args.n ? tokens_there<N>(args) : 0;
+  float results[2 * N];
 #pragma unroll
-  for (int i = 0; i < N; ++i)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const uint32_t token = 8 * i + threadIdx.x % 4 * 2 + e;
-      if (token >= args.tokens) continue;
-      const float y = gated(sums[i][e], sums[i][e + 2]);
-      const size_t at = size_t{token} * (args.n / 2) + rows.row[0];
-      if (args.out_dtype == DType::e4m3)
-        static_cast<uint8_t*>(args.out)[at] = static_cast<uint8_t>(narrow_e4m3(y * factor, 0));
-      else
-        static_cast<__nv_bfloat16*>(args.out)[at] = __float2bfloat16_rn(y);
-    }
+  for (int i = 0; i < 2 * N; ++i) results[i] = gated(sums[i / 2][i % 2], sums[i / 2][2 + i % 2]);
+  if (args.out_dtype == DType::e4m3)
+    store_column<N>(static_cast<uint8_t*>(args.out), args.n / 2, rows.row[0], there,
+                    [&](int i) { return results[i] * factor; });
+  else
+    store_column<N>(static_cast<__nv_bfloat16*>(args.out), args.n / 2, rows.row[0], there,
+                    [&](int i) { return results[i]; });
 }
 
 // Of each tile in its turn, by all threads that multiply, and at the end.
@@ -331,7 +374,9 @@ template <int Tokens>
 class Finish<Tokens, Kind::plain> {
  public:
   __device__ explicit Finish(const SkinnyGemm& args) : args_(args) {}
-  __device__ void tile(const float (&sums)[Tokens / 8][4], const Rows<Kind::plain>& rows) { store(sums, args_, rows); }
+  __device__ void tile(const float (&sums)[Tokens / 8][4], const Rows<Kind::plain>& rows) {
+    store(sums, args_, rows, tokens_there<Tokens / 8>(args_));
+  }
   __device__ void end() {}
 
  private:
@@ -369,7 +414,7 @@ class Finish<Tokens, Kind::surveyed> {
 #pragma unroll
         for (float& x : fragment) x = args_.soft_cap * tanhf(x / args_.soft_cap);
     add_to_surveys(surveys(), sums, rows.row, args_.n);
-    store(sums, args_, rows, kept_);
+    store(sums, args_, rows, tokens_there<Tokens / 8>(args_, kept_));
   }
   __device__ void end() {
     asm volatile("bar.sync 3, %0;" ::"n"(kGroups * kGroup) : "memory");
@@ -401,7 +446,7 @@ __device__ void leave_part(const float (&sums)[N][4], const SkinnyGemm& args, ui
   for (int i = 0; i < N; ++i)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const uint32_t token = 8 * i + lane % 4 * 2 + e % 2;
+      const uint32_t token = token_of(2 * i + e % 2);
       if (token < args.tokens) __stcg(to + token * kTileRows + e / 2 * 8, sums[i][e]);
     }
 }
@@ -478,8 +523,11 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
     }
   };
   Finish<Tokens, kKind> finish_tiles(args);
-  for (uint32_t at = begin; at < end;) {
-    const uint32_t tile = at / args.cut.depth, count = min((tile + 1) * args.cut.depth, end) - at;
+  const uint32_t all = end + args.whole * args.cut.depth;
+#pragma unroll 1
+  for (uint32_t at = begin; at < all;) {  // the cut tiles' slots, then those of the whole ones
+    const uint32_t tile = at < end ? at / args.cut.depth : whole_tile(args, (at - end) / args.cut.depth);
+    const uint32_t count = at < end ? min((tile + 1) * args.cut.depth, end) - at : args.cut.depth;
     const Rows<kKind> rows(args, tile);
     const Scales scales(args, rows);
     add_slots(count);
@@ -490,14 +538,6 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
       finish_tiles.tile(sums, rows);
     }
     at += count;
-  }
-  for (uint32_t i = 0; i < args.whole; ++i) {
-    const uint32_t tile = whole_tile(args, i);
-    const Rows<kKind> rows(args, tile);
-    const Scales scales(args, rows);
-    add_slots(args.cut.depth);
-    scales.apply(sums, args);
-    finish_tiles.tile(sums, rows);
   }
   finish_tiles.end();
 }
