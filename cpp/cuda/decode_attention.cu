@@ -59,7 +59,7 @@ struct Decode {
   const uint32_t* kv_len;
   const uint32_t* block_table;
   uint32_t sequences, max_pages, page_size, heads, kv_heads, window;
-  uint32_t shares, queries;  // a group's queries are so many rows, of at most so many queries each
+  uint32_t group, shares, queries;  // a group's queries are so many rows, of at most so many queries each
   ScoreScale score;
   AttentionOut out;
   float* partial;      // [2 stretches][queries][HeadDim]
@@ -89,11 +89,13 @@ __device__ uint32_t tiles_a_block(const Decode& args, uint32_t least) {
   if (args.sequences * rows(args) > gridDim.x) return 0;
   const uint32_t warps = blockDim.x / 32, lane = threadIdx.x % 32;
   uint32_t tiles = 0;
+#pragma unroll 1
   for (uint32_t sequence = lane; sequence < args.sequences; sequence += 32) tiles += range(args, sequence).tiles();
   tiles = __reduce_add_sync(~0u, tiles) * rows(args);
   const uint32_t even = max(least * warps, (tiles + gridDim.x - 1) / gridDim.x);
   for (uint32_t most = even; most <= even + warps; most += (warps + 1) / 2) {
     uint32_t blocks = 0;
+#pragma unroll 1
     for (uint32_t sequence = lane; sequence < args.sequences; sequence += 32)
       blocks += (range(args, sequence).tiles() + most - 1) / most;
     if (__reduce_add_sync(~0u, blocks) * rows(args) <= gridDim.x) return most;
@@ -107,6 +109,7 @@ __device__ void lay_out(const Decode& args, uint32_t most, uint32_t* before) {
   __shared__ uint32_t sums[32];
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   uint32_t total = 0;
+#pragma unroll 1
   for (uint32_t base = 0; base < args.sequences; base += blockDim.x) {
     const uint32_t sequence = base + threadIdx.x;
     uint32_t sum = sequence < args.sequences ? range(args, sequence).tiles() : 0;
@@ -118,10 +121,10 @@ __device__ void lay_out(const Decode& args, uint32_t most, uint32_t* before) {
     __syncthreads();
     if (lane == 31) sums[warp] = sum;
     __syncthreads();
-    for (uint32_t w = 0; w < warp; ++w) sum += sums[w];
+    const uint32_t of_warp = lane < warps ? sums[lane] : 0;
+    sum += __reduce_add_sync(~0u, lane < warp ? of_warp : 0);
     if (sequence < args.sequences) before[sequence + 1] = total + sum;
-    __syncthreads();
-    for (uint32_t w = 0; w < warps; ++w) total += sums[w];
+    total += __reduce_add_sync(~0u, of_warp);
   }
   if (threadIdx.x == 0) before[0] = 0;
   __syncthreads();
@@ -129,8 +132,7 @@ __device__ void lay_out(const Decode& args, uint32_t most, uint32_t* before) {
 
 // A row, and where in the line of all rows' tiles, or blocks, its own are.
 struct Row {
-  uint32_t sequence, kv_head;
-  uint32_t query, queries;  // the first of its heads that the row is of, and how many there are
+  uint32_t sequence, kv_head, share;  // the share of the group's queries that the row is of
   uint32_t begin, count;
   Range tokens;
   float key_scale, value_scale;  // asked for as soon as the row is found
@@ -138,25 +140,49 @@ struct Row {
   // The one that has number `at` of the line.
   __device__ void find(const Decode& args, const uint32_t* before, uint32_t at) {
     uint32_t low = 0, high = args.sequences;  // before[low] * rows <= at < before[high] * rows
+#pragma unroll 1
     while (high - low > 1) {
       const uint32_t middle = (low + high) / 2;
       (before[middle] * rows(args) <= at ? low : high) = middle;
     }
-    count = before[low + 1] - before[low];
+    enter(args, before, low);
     begin = before[low] * rows(args);
-    const uint32_t row = (at - begin) / count, group = args.heads / args.kv_heads;
-    const uint32_t share = row % args.shares * args.queries;
+    const uint32_t row = (at - begin) / count;
     begin += row * count;
-    sequence = low;
     kv_head = row / args.shares;
-    query = kv_head * group + share;
-    queries = min(args.queries, group - share);
-    tokens = range(args, sequence);
+    share = row - kv_head * args.shares;
+    ask_scales(args);
+  }
+  // The next of the line: there is one.
+  __device__ void next(const Decode& args, const uint32_t* before) {
+    begin += count;
+    if (++share < args.shares) return;
+    share = 0;
+    if (++kv_head == args.kv_heads) {
+      kv_head = 0;
+      uint32_t other = sequence + 1;
+#pragma unroll 1
+      while (before[other + 1] == before[other]) ++other;
+      enter(args, before, other);
+    }
+    ask_scales(args);
+  }
+  __device__ uint32_t queries(const Decode& args) const { return min(args.queries, args.group - share * args.queries); }
+  // Where its first query is among those of all tokens.
+  __device__ size_t first(const Decode& args) const {
+    return size_t{args.cu_seqlens[sequence]} * args.heads + kv_head * args.group + share * args.queries;
+  }
+
+ private:
+  __device__ void enter(const Decode& args, const uint32_t* before, uint32_t which) {
+    sequence = which;
+    count = before[which + 1] - before[which];
+    tokens = range(args, which);
+  }
+  __device__ void ask_scales(const Decode& args) {
     key_scale = args.key_scales != nullptr ? args.key_scales[kv_head] : 1.0f;
     value_scale = args.value_scales != nullptr ? args.value_scales[kv_head] : 1.0f;
   }
-  // Where its first query is among those of all tokens.
-  __device__ size_t first(const Decode& args) const { return size_t{args.cu_seqlens[sequence]} * args.heads + query; }
 };
 
 // Walks a warp's tiles: a stretch of the line, or a part of one row.
@@ -172,7 +198,10 @@ struct Cursor {
     row_end = row.begin + row.count;
   }
   __device__ void next(const Decode& args, const uint32_t* before) {
-    if (++at == row_end && at < end) find(args, before);
+    if (++at != row_end || at >= end) return;
+    row.next(args, before);
+    row_begin = row.begin;
+    row_end = row.begin + row.count;
   }
   __device__ uint32_t first_token() const { return (row.tokens.first_tile() + at - row_begin) * kTileTokens; }
   // Whether the tile has the token of this step, the row's last.
@@ -216,7 +245,7 @@ template <int HeadDim, class Cache>
 __device__ void load_queries(const Decode& args, const Row& row, uint32_t (&q)[HeadDim / 16][2], int lane) {
   using Tile = CacheTile<HeadDim, Cache>;
   const uint32_t query = lane / 4;
-  const bool there = query < row.queries;
+  const bool there = query < row.queries(args);
   const bf16_t* from = args.q + (row.first(args) + query) * HeadDim;
 #pragma unroll
   for (int k = 0; k < HeadDim / 16; ++k)
@@ -392,7 +421,8 @@ __device__ void combine(const Decode& args, const Row& row, float out_factor, co
                         const Parts& others, uint32_t place, int lane) {
   using Mean = Weighed<HeadDim>;
   constexpr int kAtOnce = 4;
-  for (uint32_t query = 0; query < row.queries; ++query) {
+#pragma unroll 1
+  for (uint32_t query = 0; query < row.queries(args); ++query) {
     Mean mean;
     for (uint32_t from = 0; from < parts.count; from += kAtOnce) {
       float2 weights[kAtOnce];
@@ -428,15 +458,16 @@ __device__ Parts global_parts(const Decode& args, uint32_t place, uint32_t arriv
 }
 
 // What a warp has to do.
+template <bool Many>
 struct Work {
-  bool apart;               // whether rows have blocks of their own
+  bool apart;               // whether rows have blocks of their own, which many never have
   uint32_t warps, stretch;  // of a block; number of this warp among those of all
   uint32_t length, block;   // tiles a warp; apart: number of this block among the row's
   Cursor tiles;
 
   __device__ Work(const Decode& args, uint32_t least, uint32_t* before)
       : warps(blockDim.x / 32), stretch(blockIdx.x * warps + threadIdx.x / 32), length(0), block(0) {
-    const uint32_t most = tiles_a_block(args, least);
+    const uint32_t most = Many ? 0 : tiles_a_block(args, least);
     apart = most != 0;
     lay_out(args, most, before);
     const uint32_t all = before[args.sequences] * rows(args);
@@ -460,10 +491,10 @@ struct Work {
 
 // Where the parts of the row at the cursor are left. Of a row that one block has, the rings have room for them: they
 // are no longer used.
-template <int HeadDim>
-__device__ Parts parts_of(const Decode& args, const Work& work, const Cursor& at, char* rings, uint32_t ring_bytes,
-                          float2* weights) {
-  if (work.apart) {
+template <int HeadDim, bool Many>
+__device__ Parts parts_of(const Decode& args, const Work<Many>& work, const Cursor& at, char* rings,
+                          uint32_t ring_bytes, float2* weights) {
+  if (!Many && work.apart) {
     const uint32_t left = min(work.warps * work.length, at.row_end - work.block * work.warps * work.length);
     return {.sums = reinterpret_cast<float*>(rings),
             .weights = weights,
@@ -499,17 +530,17 @@ __device__ void publish(const Parts& parts, int lane) {
 // combines them. That is mostly who has come to the end of its stretch, when the kernel ends: its own part then need
 // not go to global memory, nor does it wait in a fence for all that it has asked for. `stage` is one that is no longer
 // used.
-template <int HeadDim, class Cache>
-__device__ void finish(const State<HeadDim, Cache>& state, const Decode& args, const Work& work, const Cursor& at,
+template <int HeadDim, class Cache, bool Many>
+__device__ void finish(const State<HeadDim, Cache>& state, const Decode& args, const Work<Many>& work, const Cursor& at,
                        float out_factor, char* rings, uint32_t ring_bytes, char* stage, float2* weights, int lane) {
   Parts parts = parts_of<HeadDim>(args, work, at, rings, ring_bytes, weights);
-  parts.my_sums = work.apart ? parts.sums_of(parts.mine) : reinterpret_cast<float*>(stage);
+  parts.my_sums = !Many && work.apart ? parts.sums_of(parts.mine) : reinterpret_cast<float*>(stage);
   parts.my_weights = weights + threadIdx.x / 32 * args.queries;
-  state.leave(parts.my_sums, parts.my_weights, at.row.queries, lane);
+  state.leave(parts.my_sums, parts.my_weights, at.row.queries(args), lane);
   __syncwarp();
   uint32_t blocks = 1;
   bool complete;
-  if (work.apart) {
+  if (!Many && work.apart) {
     meet(parts.count);
     blocks = work.blocks(at);
     complete = parts.mine + 1 == parts.count;
@@ -540,7 +571,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, most_blocks<HeadDim>) decode_k
   const uint32_t ring = shared_address(rings) + threadIdx.x / 32 * kRing;
   uint32_t* before = reinterpret_cast<uint32_t*>(rings + blockDim.x / 32 * kRing);
   allow_next();
-  const Work work(args, kStages, before);         // reads tables only, which are older than the kernel before
+  const Work<Many> work(args, kStages, before);   // reads tables only, which are older than the kernel before
   if (work.tiles.done()) return wait_for_last();  // whoever waits for this kernel waits for those before it
 
   Cursor here = work.tiles, ahead = here;
@@ -599,7 +630,8 @@ void launch(Decode args, const DeviceInfo& device, const Stream& stream) {
 
 template <int HeadDim, class Cache>
 void launch(const Decode& args, const DeviceInfo& device, const Stream& stream) {
-  const bool many = args.sequences * args.kv_heads * args.shares > static_cast<uint32_t>(device.multiprocessors);
+  const bool many = args.sequences * args.kv_heads * args.shares >
+                    static_cast<uint32_t>(device.multiprocessors * most_blocks<HeadDim>);
   many ? launch<HeadDim, Cache, true>(args, device, stream) : launch<HeadDim, Cache, false>(args, device, stream);
 }
 
@@ -642,6 +674,7 @@ void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void*
                       .heads = args.heads,
                       .kv_heads = args.cache.kv_heads,
                       .window = args.window,
+                      .group = group,
                       .shares = shares,
                       .queries = (group + shares - 1) / shares,
                       .score = ScoreScale::of(args.scale, args.soft_cap),
