@@ -194,18 +194,22 @@ struct Cursor {
   __device__ bool done() const { return at >= end; }
   __device__ void find(const Decode& args, const uint32_t* before) {
     row.find(args, before, at);
-    row_begin = row.begin;
-    row_end = row.begin + row.count;
+    enter();
   }
   __device__ void next(const Decode& args, const uint32_t* before) {
     if (++at != row_end || at >= end) return;
     row.next(args, before);
-    row_begin = row.begin;
-    row_end = row.begin + row.count;
+    enter();
   }
   __device__ uint32_t first_token() const { return (row.tokens.first_tile() + at - row_begin) * kTileTokens; }
   // Whether the tile has the token of this step, the row's last.
   __device__ bool newest() const { return first_token() + kTileTokens >= row.tokens.end; }
+
+ private:
+  __device__ void enter() {
+    row_begin = row.begin;
+    row_end = row.begin + row.count;
+  }
 };
 
 // Starts the copies of a tile's K and V rows; tokens outside the range become zeros.
@@ -458,16 +462,15 @@ __device__ Parts global_parts(const Decode& args, uint32_t place, uint32_t arriv
 }
 
 // What a warp has to do.
-template <bool Many>
 struct Work {
   bool apart;               // whether rows have blocks of their own, which many never have
   uint32_t warps, stretch;  // of a block; number of this warp among those of all
   uint32_t length, block;   // tiles a warp; apart: number of this block among the row's
   Cursor tiles;
 
-  __device__ Work(const Decode& args, uint32_t least, uint32_t* before)
+  __device__ Work(const Decode& args, bool many, uint32_t least, uint32_t* before)
       : warps(blockDim.x / 32), stretch(blockIdx.x * warps + threadIdx.x / 32), length(0), block(0) {
-    const uint32_t most = Many ? 0 : tiles_a_block(args, least);
+    const uint32_t most = many ? 0 : tiles_a_block(args, least);
     apart = most != 0;
     lay_out(args, most, before);
     const uint32_t all = before[args.sequences] * rows(args);
@@ -491,10 +494,10 @@ struct Work {
 
 // Where the parts of the row at the cursor are left. Of a row that one block has, the rings have room for them: they
 // are no longer used.
-template <int HeadDim, bool Many>
-__device__ Parts parts_of(const Decode& args, const Work<Many>& work, const Cursor& at, char* rings,
-                          uint32_t ring_bytes, float2* weights) {
-  if (!Many && work.apart) {
+template <int HeadDim>
+__device__ Parts parts_of(const Decode& args, const Work& work, const Cursor& at, char* rings, uint32_t ring_bytes,
+                          float2* weights) {
+  if (work.apart) {
     const uint32_t left = min(work.warps * work.length, at.row_end - work.block * work.warps * work.length);
     return {.sums = reinterpret_cast<float*>(rings),
             .weights = weights,
@@ -530,17 +533,17 @@ __device__ void publish(const Parts& parts, int lane) {
 // combines them. That is mostly who has come to the end of its stretch, when the kernel ends: its own part then need
 // not go to global memory, nor does it wait in a fence for all that it has asked for. `stage` is one that is no longer
 // used.
-template <int HeadDim, class Cache, bool Many>
-__device__ void finish(const State<HeadDim, Cache>& state, const Decode& args, const Work<Many>& work, const Cursor& at,
+template <int HeadDim, class Cache>
+__device__ void finish(const State<HeadDim, Cache>& state, const Decode& args, const Work& work, const Cursor& at,
                        float out_factor, char* rings, uint32_t ring_bytes, char* stage, float2* weights, int lane) {
   Parts parts = parts_of<HeadDim>(args, work, at, rings, ring_bytes, weights);
-  parts.my_sums = !Many && work.apart ? parts.sums_of(parts.mine) : reinterpret_cast<float*>(stage);
+  parts.my_sums = work.apart ? parts.sums_of(parts.mine) : reinterpret_cast<float*>(stage);
   parts.my_weights = weights + threadIdx.x / 32 * args.queries;
   state.leave(parts.my_sums, parts.my_weights, at.row.queries(args), lane);
   __syncwarp();
   uint32_t blocks = 1;
   bool complete;
-  if (!Many && work.apart) {
+  if (work.apart) {
     meet(parts.count);
     blocks = work.blocks(at);
     complete = parts.mine + 1 == parts.count;
@@ -571,7 +574,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, most_blocks<HeadDim>) decode_k
   const uint32_t ring = shared_address(rings) + threadIdx.x / 32 * kRing;
   uint32_t* before = reinterpret_cast<uint32_t*>(rings + blockDim.x / 32 * kRing);
   allow_next();
-  const Work<Many> work(args, kStages, before);   // reads tables only, which are older than the kernel before
+  const Work work(args, Many, kStages, before);   // reads tables only, which are older than the kernel before
   if (work.tiles.done()) return wait_for_last();  // whoever waits for this kernel waits for those before it
 
   Cursor here = work.tiles, ahead = here;

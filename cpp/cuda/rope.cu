@@ -41,9 +41,9 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kernel(const bf16_t* qkv, Ro
       sincosf(at < kHalf ? position * rope.inverse_frequency[at] : 0, &sine[i], &cosine[i]);
     }
   }
-  // So are the model's scales and weights, which would come from memory.
+  // The model's scales and weights, too, are asked for before the wait: a step reads more than the L2 cache holds.
   void* const to = head.to(rope, token, head.query ? 0 : cache_row(rope, rope.slots[token]));
-  const float factor = head.factor(rope);
+  const float cache_factor = head.factor(rope);
   const float* const weight = head.norm(rope);
   float low_weight[kPairs], high_weight[kPairs];
 #pragma unroll
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kernel(const bf16_t* qkv, Ro
       if (at < kHalf) store_pair<kHalf>(out + at, low[i] * factor, high[i] * factor);
     }
   };
-  head.query ? store(static_cast<bf16_t*>(to), 1.0f) : store(static_cast<Cache*>(to), factor);
+  head.query ? store(static_cast<bf16_t*>(to), 1.0f) : store(static_cast<Cache*>(to), cache_factor);
 }
 
 template <int HeadDim>
