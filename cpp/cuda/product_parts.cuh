@@ -6,11 +6,14 @@
 
 namespace gemma_cuda::cuda {
 
+__device__ inline uint32_t operator/(uint32_t n, const Divisor& by) { return __umulhi(2 * n, by.factor); }
+
 __device__ inline uint32_t first_slot(const Cut& cut, uint32_t block) {
-  return static_cast<uint32_t>(uint64_t{block} * cut.tiles * cut.depth / cut.blocks);
+  return block * cut.run + min(block, cut.longer);
 }
 __device__ inline uint32_t block_of(const Cut& cut, uint32_t slot) {
-  return static_cast<uint32_t>(((uint64_t{slot} + 1) * cut.blocks - 1) / (cut.tiles * cut.depth));
+  const uint32_t of_longer = cut.longer * (cut.run + 1);
+  return slot < of_longer ? slot / cut.by_longer_run : cut.longer + (slot - of_longer) / cut.by_run;
 }
 
 // The blocks that have a part of a tile.

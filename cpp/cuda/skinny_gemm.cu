@@ -18,7 +18,7 @@
 // result does not depend on which block that was, nor on the number of tokens: a token's results are the same in every
 // batch. No block waits for another, which a GPU shared with other work might never start. Where a norm reads the
 // result, all parts are left to it (ProductParts), to add them in the same order: joining them here took 2 to 7 us of a
-// product in a step. Where tiles of fewer rows are one a block, as those of 96 for q, k, v of gemma-7b, none is
+// product in a step. That is a kernel of its own, of a third of the code. Where tiles of fewer rows are one a block, as those of 96 for q, k, v of gemma-7b, none is
 // cut: 2 % of a step of one sequence, though four multiprocessors are idle.
 //
 // Gate and up are multiplied in one, eight rows of each by turns, which the copy engine brings in that order: so a
@@ -58,6 +58,7 @@ constexpr uint32_t kRowBytes = 128;  // of a slot
 constexpr uint32_t kWeightBytes = kTileRows * kRowBytes;
 constexpr uint32_t kRingBytes = 208 << 10;  // leaves the kernels beside it some
 constexpr uint32_t kMaxSlots = 16;
+constexpr uint32_t kMostColumns = 1 << 16;  // of w: so Divisor is exact for all slots of two tiles a block
 // In a block's part of a tile: fewer take less time than joining another part, or adding it in the norm behind.
 constexpr uint32_t kLeastSlots = 8, kLeastLeftSlots = 4;
 
@@ -85,58 +86,85 @@ __device__ inline uint32_t whole_tile(const SkinnyGemm& args, uint32_t i) {
   return args.cut.tiles + i * gridDim.x + blockIdx.x;
 }
 
-// The slots of a block, in the order in which it multiplies them.
+// Walks the slots of a block, in the order in which it multiplies them: of the cut tiles, then of the whole ones.
 template <class Type>
 class Slots {
  public:
-  __device__ explicit Slots(const SkinnyGemm& args)
-      : args_(args), begin_(first_slot(args.cut, blockIdx.x)), cut_(first_slot(args.cut, blockIdx.x + 1) - begin_) {}
-  __device__ uint32_t count() const { return cut_ + args_.whole * args_.cut.depth; }
-  __device__ uint32_t row(uint32_t i) const {
-    return args_.tile_rows *
-           (i < cut_ ? (begin_ + i) / args_.cut.depth : whole_tile(args_, (i - cut_) / args_.cut.depth));
+  __device__ explicit Slots(const SkinnyGemm& args) : args_(args) {
+    const uint32_t begin = first_slot(args.cut, blockIdx.x);
+    of_cut_ = first_slot(args.cut, blockIdx.x + 1) - begin;
+    left_ = of_cut_ + args.whole * args.cut.depth;
+    tile_ = begin / args.cut.by_depth;
+    k_ = begin - tile_ * args.cut.depth;
+    if (of_cut_ == 0) enter_whole();
   }
-  __device__ uint32_t column(uint32_t i) const {
-    return kSlotColumns<Type> * ((i < cut_ ? begin_ + i : i - cut_) % args_.cut.depth);
+  __device__ bool done() const { return left_ == 0; }
+  __device__ uint32_t row() const { return args_.tile_rows * tile_; }
+  __device__ uint32_t column() const { return kSlotColumns<Type> * k_; }
+  __device__ void next() {
+    --left_;
+    ++k_;
+    if (--of_cut_ == 0)
+      enter_whole();
+    else if (k_ == args_.cut.depth)
+      k_ = 0, tile_ += step_;
   }
 
  private:
+  __device__ void enter_whole() { k_ = 0, tile_ = whole_tile(args_, 0), step_ = gridDim.x; }
+
   const SkinnyGemm& args_;
-  uint32_t begin_, cut_;
+  uint32_t left_, of_cut_, tile_, k_, step_ = 1;
+};
+
+// A place in the ring, and how often the ring has been gone around.
+template <int Tokens>
+struct Place {
+  uint32_t slot = 0, round = 0;
+
+  __device__ void next() {
+    if (++slot == kSlots<Tokens>) slot = 0, ++round;
+  }
+  __device__ void wait_until_empty(Barriers& barriers) const {
+    if (round > 0) wait(barriers.empty[slot], round % 2 ^ 1);
+  }
+  // Until the weights asked for so many slots before are there.
+  __device__ void wait_for_weights(Barriers& barriers, uint32_t before) const {
+    const bool around = slot < before;
+    if (around && round == 0) return;
+    wait(barriers.weights[slot - before + (around ? kSlots<Tokens> : 0)], (round - around) % 2);
+  }
 };
 
 // Never more of w is asked for and not there yet than keeps the memory busy. More would only wait in its queues, and
 // behind it everybody's small accesses: of those the kernels before, which this one waits for, consist at their ends.
 template <int Tokens, class Type, Kind kKind>
 __device__ void bring_weights(const SkinnyGemm& args, const CUtensorMap& w, uint32_t ring, Barriers& barriers) {
-  const Slots<Type> slots(args);
+  Place<Tokens> at;
 #pragma unroll 1
-  for (uint32_t i = 0; i < slots.count(); ++i) {
-    const uint32_t slot = i % kSlots<Tokens>;
-    if (i >= kSlots<Tokens>) wait(barriers.empty[slot], i / kSlots<Tokens> % 2 ^ 1);
-    const uint32_t most = is_over(barriers.begun, 0) ? kUnderWay<Type> : kUnderWayEarly;
-    if (i >= most) wait(barriers.weights[(i - most) % kSlots<Tokens>], (i - most) / kSlots<Tokens> % 2);
-    arrive_expecting(barriers.weights[slot], args.tile_rows * kRowBytes);
-    const uint32_t to = ring + slot * kSlotBytes<Tokens>;
+  for (Slots<Type> slots(args); !slots.done(); slots.next(), at.next()) {
+    at.wait_until_empty(barriers);
+    at.wait_for_weights(barriers, is_over(barriers.begun, 0) ? kUnderWay<Type> : kUnderWayEarly);
+    Barrier& full = barriers.weights[at.slot];
+    arrive_expecting(full, args.tile_rows * kRowBytes);
+    const uint32_t to = ring + at.slot * kSlotBytes<Tokens>;
     if constexpr (kKind == Kind::gated)
-      copy_pairs(to, w, slots.row(i), slots.column(i), barriers.weights[slot], kEvictFirst);
+      copy_pairs(to, w, slots.row(), slots.column(), full, kEvictFirst);
     else
-      copy_box(to, w, slots.row(i), slots.column(i), barriers.weights[slot],
-               kEvictFirst);  // read once; x by all blocks
+      copy_box(to, w, slots.row(), slots.column(), full, kEvictFirst);  // read once; x by all blocks
   }
 }
 
 template <int Tokens, class Type>
 __device__ void bring_x(const SkinnyGemm& args, const CUtensorMap& x, uint32_t ring, Barriers& barriers) {
-  const Slots<Type> slots(args);
   wait_for_last();
   arrive(barriers.begun);
+  Place<Tokens> at;
 #pragma unroll 1
-  for (uint32_t i = 0; i < slots.count(); ++i) {
-    const uint32_t slot = i % kSlots<Tokens>;
-    if (i >= kSlots<Tokens>) wait(barriers.empty[slot], i / kSlots<Tokens> % 2 ^ 1);
-    arrive_expecting(barriers.x[slot], kSlotBytes<Tokens> - kWeightBytes);
-    copy_box(ring + slot * kSlotBytes<Tokens> + kWeightBytes, x, 0, slots.column(i), barriers.x[slot], kEvictLast);
+  for (Slots<Type> slots(args); !slots.done(); slots.next(), at.next()) {
+    at.wait_until_empty(barriers);
+    arrive_expecting(barriers.x[at.slot], kSlotBytes<Tokens> - kWeightBytes);
+    copy_box(ring + at.slot * kSlotBytes<Tokens> + kWeightBytes, x, 0, slots.column(), barriers.x[at.slot], kEvictLast);
   }
 }
 
@@ -241,28 +269,14 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
     if constexpr (std::is_same_v<Type, E4m3>) {
 #pragma unroll
       for (auto& fragment : sums) fragment[0] = fragment[1] = fragment[2] = fragment[3] = 0;
-      auto finish = [&](float(&part)[Tokens / 8][4], uint32_t from) {
+      for (uint32_t i = 0; i < count; ++i) {  // the other group multiplies while this one adds
+        float part[Tokens / 8][4];
+        start_slot(part, false);
+        wait_products<0>();
         pin(part);
-        free(from);
-        add(sums, part);
-      };
-      for (uint32_t i = 0; i < count; i += 2) {  // two at once: one is added while the other is multiplied
-        float part[2][Tokens / 8][4];
-        const uint32_t first = slot;
-        start_slot(part[0], false);
+        free(slot);
         next_slot();
-        if (i + 1 < count) {
-          const uint32_t second = slot;
-          start_slot(part[1], false);
-          next_slot();
-          wait_products<1>();
-          finish(part[0], first);
-          wait_products<0>();
-          finish(part[1], second);
-        } else {
-          wait_products<0>();
-          finish(part[0], first);
-        }
+        add(sums, part);
       }
     } else {
       for (uint32_t i = 0; i < count; ++i) {
@@ -280,16 +294,19 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
   const uint32_t all = end + args.whole * args.cut.depth;
 #pragma unroll 1
   for (uint32_t at = begin; at < all;) {  // the cut tiles' slots, then those of the whole ones
-    const uint32_t tile = at < end ? at / args.cut.depth : whole_tile(args, (at - end) / args.cut.depth);
+    const uint32_t tile = at < end ? at / args.cut.by_depth : whole_tile(args, (at - end) / args.cut.by_depth);
     const uint32_t count = at < end ? min((tile + 1) * args.cut.depth, end) - at : args.cut.depth;
-    const Rows<kKind> rows(args, tile);
-    const Scales scales(args, rows);
-    add_slots(count);
-    if (args.leave_parts) {
+    if constexpr (kKind == Kind::parts) {
+      add_slots(count);
       leave_part(sums, args, tile);
-    } else if (count == args.cut.depth || join_parts(sums, args, tile, group)) {
-      scales.apply(sums, args);
-      finish_tiles.tile(sums, rows);
+    } else {
+      const Rows<kKind> rows(args, tile);
+      const Scales scales(args, rows);
+      add_slots(count);
+      if (count == args.cut.depth || join_parts(sums, args, tile, group)) {
+        scales.apply(sums, args);
+        finish_tiles.tile(sums, rows);
+      }
     }
     at += count;
   }
@@ -363,24 +380,24 @@ SkinnyGemm skinny_gemm_of(const GemmArgs& args, const Scratch& scratch) {
 }
 
 // Shares the tiles out among the blocks.
-void divide(SkinnyGemm& work, const Matrix& w, uint32_t columns, bool low_tiles, const DeviceInfo& device) {
-  work.tile_rows = low_tiles ? tile_rows(w, device) : kTileRows;
-  work.cut.depth = (w.cols + columns - 1) / columns;
+void divide(SkinnyGemm& work, Kind kind, const Matrix& w, uint32_t columns, const DeviceInfo& device) {
+  work.tile_rows = kind == Kind::plain ? tile_rows(w, device) : kTileRows;
+  const uint32_t depth = (w.cols + columns - 1) / columns;
   const uint32_t all = (w.rows + work.tile_rows - 1) / work.tile_rows,
-                 least = work.leave_parts ? kLeastLeftSlots : kLeastSlots,
-                 parts = work.tile_rows < kTileRows ? 1 : std::max(1u, work.cut.depth / least);
-  const uint32_t blocks = work.cut.blocks = std::min<uint32_t>(device.multiprocessors, all * parts);
-  if (!work.leave_parts) {
+                 least = kind == Kind::parts ? kLeastLeftSlots : kLeastSlots,
+                 parts = work.tile_rows < kTileRows ? 1 : std::max(1u, depth / least);
+  const uint32_t blocks = std::min<uint32_t>(device.multiprocessors, all * parts);
+  if (kind != Kind::parts) {
     // Fewer cut tiles than half the blocks would be in too many parts each.
     work.whole = all / blocks;
     if (work.whole > 0 && all % blocks < blocks / 2) --work.whole;
   }
-  work.cut.tiles = all - work.whole * blocks;
+  work.cut = Cut(all - work.whole * blocks, depth, blocks);
 }
 
 template <int Tokens, class Type, Kind kKind>
 Cut launch(SkinnyGemm work, const GemmArgs& args, const DeviceInfo& device, const Stream& stream) {
-  divide(work, args.w, kSlotColumns<Type>, kKind == Kind::plain && !work.leave_parts, device);
+  divide(work, kKind, args.w, kSlotColumns<Type>, device);
   constexpr uint32_t kBytes = kSlots<Tokens> * kSlotBytes<Tokens> + 1024;  // to begin at a multiple of it
   const auto kernel = skinny_gemm_kernel<Tokens, Type, kKind>;
   allow_shared(kernel, kBytes);
@@ -413,7 +430,7 @@ Cut launch(const SkinnyGemm& work, const GemmArgs& args, const DeviceInfo& devic
 template <class Args>
 bool fits(const Args& args, const DeviceInfo& device) {
   return device.capability == 90 && args.tokens <= kSkinnyTokens && args.w.dtype != DType::f32 &&
-         args.w.cols * size_of(args.w.dtype) % 16 == 0 &&
+         args.w.cols * size_of(args.w.dtype) % 16 == 0 && args.w.cols <= kMostColumns &&
          tiles(args.w) * kGroups * sizeof(uint32_t) <= kSkinnyArrivalBytes && aligned(args.w.data) && aligned(args.x) &&
          compiled();
 }
@@ -434,9 +451,8 @@ bool skinny_gemm_leaves_parts(const GemmArgs& args, const DeviceInfo& device) {
 
 ProductParts skinny_gemm_in_parts(const GemmArgs& args, const DeviceInfo& device, void* partials,
                                   const Stream& stream) {
-  SkinnyGemm work = skinny_gemm_of(args, {partials, nullptr});
-  work.leave_parts = true;
-  return {.cut = launch<Kind::plain>(work, args, device, stream),
+  const SkinnyGemm work = skinny_gemm_of(args, {partials, nullptr});
+  return {.cut = launch<Kind::parts>(work, args, device, stream),
           .sums = static_cast<const float*>(partials),
           .capacity = capacity(args.tokens),
           .w_scales = work.w_scales,

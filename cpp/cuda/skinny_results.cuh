@@ -22,9 +22,10 @@ constexpr uint32_t kGroupRows = 64;  // of w, for each
 constexpr uint32_t kTileRows = kGroups * kGroupRows;
 static_assert(kTileRows == kPartRows);
 
-// What becomes of the sums: they are written; GeGLU is made of those of gate and up; or they are logits, of whose rows
-// sample() needs a survey before anything else, and often nothing else.
-enum class Kind { plain, gated, surveyed };
+// What becomes of the sums: they are written; each block leaves its part of them (ProductParts); GeGLU is made of those
+// of gate and up; or they are logits, of whose rows sample() needs a survey before anything else, and often nothing
+// else.
+enum class Kind { plain, parts, gated, surveyed };
 
 struct SkinnyGemm {
   void* out;
@@ -42,7 +43,6 @@ struct SkinnyGemm {
   uint32_t tile_rows;  // at most kTileRows, at least kGroupRows, a multiple of 8
   Cut cut;             // of the first tiles
   uint32_t whole;      // tiles a block computes whole, after those
-  bool leave_parts;    // as ProductParts, also of tiles that only one block has; none are whole then
   float4* partials;    // [block][its first tile, its last][Tokens / 8][kGroups * kGroup]
   uint32_t* arrivals;  // [tile][group]
 };
@@ -192,6 +192,13 @@ class Finish<Tokens, Kind::plain> {
 
  private:
   const SkinnyGemm& args_;
+};
+
+template <int Tokens>
+class Finish<Tokens, Kind::parts> {
+ public:
+  __device__ explicit Finish(const SkinnyGemm&) {}
+  __device__ void end() {}
 };
 
 template <int Tokens>
