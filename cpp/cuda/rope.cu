@@ -25,22 +25,21 @@ __device__ void store_pair(uint8_t* to, float low, float high) {
 
 template <int HeadDim, class Cache>
 __global__ void __launch_bounds__(kWarps * 32) rope_kernel(const bf16_t* qkv, Rope rope) {
-  constexpr int kHalf = HeadDim / 2, kPairs = (kHalf + 31) / 32;
+  constexpr uint32_t kHalf = HeadDim / 2;
+  constexpr int kPairs = (kHalf + 31) / 32;
+  static_assert(kHalf <= kWarps * 32);
+  __shared__ float2 angles[kHalf];  // sines and cosines of the token's
   allow_next();
   const uint32_t token = blockIdx.x, lane = threadIdx.x % 32;
+  // Angles come of tables, which are older than the kernel before: they are computed while that one ends, each by one
+  // thread, for sines are much code.
+  if (threadIdx.x < kHalf)
+    sincosf(static_cast<float>(rope.positions[token]) * rope.inverse_frequency[threadIdx.x], &angles[threadIdx.x].x,
+            &angles[threadIdx.x].y);
+  __syncthreads();
   const RopeHead head(rope, blockIdx.y * kWarps + threadIdx.x / 32);
   const uint32_t all = rope.heads + 2 * rope.kv_heads;
   if (head.head >= all || (!head.query && rope.slots[token] == kNoSlot)) return wait_for_last();
-  // Angles come of tables, which are older than the kernel before: they are computed while that one ends.
-  float sine[kPairs], cosine[kPairs];
-  if (!head.value) {
-    const float position = static_cast<float>(rope.positions[token]);
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const uint32_t at = i * 32 + lane;
-      sincosf(at < kHalf ? position * rope.inverse_frequency[at] : 0, &sine[i], &cosine[i]);
-    }
-  }
   // The model's scales and weights, too, are asked for before the wait: a step reads more than the L2 cache holds.
   void* const to = head.to(rope, token, head.query ? 0 : cache_row(rope, rope.slots[token]));
   const float cache_factor = head.factor(rope);
@@ -75,7 +74,10 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kernel(const bf16_t* qkv, Ro
       }
     }
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) rotate(low[i], high[i], sine[i], cosine[i]);
+    for (int i = 0; i < kPairs; ++i) {
+      const float2 angle = angles[min(i * 32 + lane, kHalf - 1)];
+      rotate(low[i], high[i], angle.x, angle.y);
+    }
   }
   const auto store = [&](auto* out, float factor) {
 #pragma unroll

@@ -56,9 +56,11 @@ struct RopeHead {
 
   __device__ RopeHead(const Rope& rope, uint32_t of_product)
       : head(of_product),
-        kv_head((of_product - rope.heads) % rope.kv_heads),
+        kv_head(of_product - rope.heads),
         query(of_product < rope.heads),
-        value(of_product >= rope.heads + rope.kv_heads) {}
+        value(of_product >= rope.heads + rope.kv_heads) {
+    if (value) kv_head -= rope.kv_heads;
+  }
 
   __device__ bool fp8(const Rope& rope) const { return !query && rope.fp8_cache; }
   __device__ const float* norm(const Rope& rope) const { return query ? rope.q_norm : value ? nullptr : rope.k_norm; }
