@@ -201,6 +201,7 @@ PassShape Forward::largest() const {
 
 void Forward::pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidden) {
   const uint32_t tokens = plan.tokens(), layers = static_cast<uint32_t>(spec_.layers.size());
+  ++passes_;
   backend_.embed({.ids = tables_.ids,
                   .last_tokens = last_tokens_,
                   .tokens = tokens,
@@ -299,6 +300,7 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan, const NormA
                       .block_table = tables_.block_table,
                       .sequences = plan.sequences(),
                       .max_pages = plan.max_pages,
+                      .pass = passes_,
                       .query_tiles = tables_.query_tiles,
                       .tiles = static_cast<uint32_t>(plan.query_tiles.size()),
                       .heads = layer.heads,

@@ -118,6 +118,7 @@ class Forward {
   Buffer table_memory_;
   Tables tables_{};
   uint32_t* last_tokens_ = nullptr;
+  uint64_t passes_ = 0;  // run or recorded
   const Calibration* observer_ = nullptr;
   Activations act_;
   std::vector<KvBuffers> kv_;

@@ -7,6 +7,7 @@
 
 #include "cuda/check.h"
 #include "cuda/copy_bandwidth.h"
+#include "cuda/decode_plans.h"
 #include "cuda/gated_gemm.h"
 #include "cuda/gemm.h"
 #include "cuda/memory.h"
@@ -87,7 +88,8 @@ Names names(const DeviceInfo& device) {
 uint64_t workspace_of(const DeviceInfo& device, const WorkLimits& limits) {
   return Gemm::kReservedBytes + PinnedRing::kPieceBytes +
          Sampler::reserved_bytes(limits.logit_rows, limits.vocab, device) +
-         decode_scratch_bytes(device, limits.head_dim, limits.group) + decode_arrival_bytes(device);
+         decode_scratch_bytes(device, limits.head_dim, limits.group) + decode_arrival_bytes(device) +
+         DecodePlans::reserved_bytes(device);
 }
 
 // How many multiprocessors the attention of prompts gets for itself beside that of sequences with one new token. 0:
@@ -172,12 +174,13 @@ class CudaBackend final : public Backend {
     sampler_.reserve(limits.logit_rows, limits.vocab, device_, stream_);
     decode_scratch_.get<char>(decode_scratch_bytes(device_, limits.head_dim, limits.group));
     decode_arrivals();
+    decode_plans_.reserve(device_);
   }
 
   MemoryUse memory() const override {
     // Scratch memory only grows, so what there is now is the most there was.
     const uint64_t scratch = gemm_->device_bytes() + decode_scratch_.bytes() + decode_arrivals_.bytes() +
-                             ring_.device_bytes() + sampler_.device_bytes();
+                             decode_plans_.bytes() + ring_.device_bytes() + sampler_.device_bytes();
     return {buffers_.now + scratch, buffers_.peak + scratch};
   }
 
@@ -316,7 +319,10 @@ class CudaBackend final : public Backend {
   }
   void decode(const AttentionArgs& args, const DeviceInfo& device) {
     const size_t scratch = decode_scratch_bytes(device_, args.cache.head_dim, args.heads / args.cache.kv_heads);
-    decode_attention(args, device, decode_scratch_.get<char>(scratch), decode_arrivals(), stream());
+    Stream on = stream();
+    const DecodePlans::Found found = decode_plans_.get(args, device_, device, on);
+    if (found.made) on.overlaps = false;
+    decode_attention(args, device, found.plan, decode_scratch_.get<char>(scratch), decode_arrivals(), on);
   }
   DeviceInfo part(int multiprocessors) const {
     DeviceInfo info = device_;
@@ -338,6 +344,7 @@ class CudaBackend final : public Backend {
   SideStream beside_;
   bool joined_ = false;
   DeviceScratch decode_scratch_, decode_arrivals_;
+  DecodePlans decode_plans_;
   MemoryUse buffers_;
   std::unique_ptr<Gemm> gemm_;
   PinnedRing ring_;

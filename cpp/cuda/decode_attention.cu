@@ -1,17 +1,13 @@
 // Attention of sequences with one new token over their paged cache.
 //
-// What bounds it is the reading of K and V, each once, so the work is cut by bytes: every (sequence, K/V head) is a row
-// of tiles of 16 tokens, all rows laid end to end make one line, and the line is cut into equal stretches, one a warp,
-// wherever the cuts fall. Lengths, however different, need no other balancing. Where there are fewer rows than blocks,
-// each has some blocks of its own, whose warps have even shares of it: what they find comes together in shared memory.
-// Lengths are read on the device, so that a captured launch replays with any; a sequence with any other number of new
-// tokens has no tiles here.
+// What bounds it is the reading of K and V, each once, so every warp has the same bytes to read: a stretch of the line of
+// all tiles of 16 tokens, or of a row of its block's own, as a plan has it that layers share (decode_plan.cuh). What the
+// warps of a block find of its own row comes together in shared memory.
 //
 // A warp is on its own: it copies its next tiles into its ring in shared memory (cp.async, running ahead over the ends
 // of rows), and takes them to the tensor cores: S^T = K Q^T and O^T = V^T P^T with the group's query heads as the eight
-// columns of the product. A group of more is several rows, which read the same tiles. No barrier but the one after the
-// geometry is computed and those of rows apart. Of a row each warp leaves a part of the result (maximum, sum,
-// unnormalized output), and the last combines them in a fixed order, whichever warp that is; its own part it has at
+// columns of the product. No barrier but those of rows apart. Of a row each warp leaves a part of the result (maximum,
+// sum, unnormalized output), and the last combines them in a fixed order, whichever warp that is; its own part it has at
 // hand. No block waits for another.
 //
 // What earlier steps left in the cache is asked for before the kernel before has ended (launch.cuh); only the tile with
@@ -23,6 +19,7 @@
 #include <cmath>
 
 #include "cuda/arrival.cuh"
+#include "cuda/decode_plan.cuh"
 #include "cuda/decode_tiles.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ops.h"
@@ -55,160 +52,58 @@ struct Decode {
   const void* values;
   const float* key_scales;
   const float* value_scales;
-  const uint32_t* cu_seqlens;
-  const uint32_t* kv_len;
+  DecodeTables tables;
+  const Stretch* stretches;
   const uint32_t* block_table;
-  uint32_t sequences, max_pages, page_size, heads, kv_heads, window;
-  uint32_t group, shares, queries;  // a group's queries are so many rows, of at most so many queries each
+  uint32_t max_pages, page_size, heads;
+  uint32_t group, queries;  // a group's queries are shares of at most so many each
   ScoreScale score;
   AttentionOut out;
   float* partial;      // [2 stretches][queries][HeadDim]
   float2* weights;     // [2 stretches][queries]: maximum (log2 units) and sum
   uint32_t* arrivals;  // [stretches], of the row whose first part it has
-  uint32_t stretches;
 };
 
-// Rows of a sequence.
-__device__ uint32_t rows(const Decode& args) { return args.kv_heads * args.shares; }
-
-struct Range {  // of the tokens a sequence's new token sees
-  uint32_t first, end;
-  __device__ uint32_t first_tile() const { return first / kTileTokens; }
-  __device__ uint32_t tiles() const { return (end + kTileTokens - 1) / kTileTokens - first_tile(); }
-};
-
-__device__ Range range(const Decode& args, uint32_t sequence) {
-  if (args.cu_seqlens[sequence + 1] - args.cu_seqlens[sequence] != 1) return {0, 0};
-  const uint32_t end = args.kv_len[sequence];
-  return {args.window != 0 && end > args.window ? end - args.window : 0, end};
+// Queries of a row, and where the first one is among those of all tokens.
+__device__ uint32_t queries(const Decode& args, const Row& row) {
+  return min(args.queries, args.group - row.share * args.queries);
 }
-
-// The most tiles of a row for a block if every row has blocks of its own. 0 where there are not blocks enough for that,
-// or some would have over a tile a warp more than an even share.
-__device__ uint32_t tiles_a_block(const Decode& args, uint32_t least) {
-  if (args.sequences * rows(args) > gridDim.x) return 0;
-  const uint32_t warps = blockDim.x / 32, lane = threadIdx.x % 32;
-  uint32_t tiles = 0;
-#pragma unroll 1
-  for (uint32_t sequence = lane; sequence < args.sequences; sequence += 32) tiles += range(args, sequence).tiles();
-  tiles = __reduce_add_sync(~0u, tiles) * rows(args);
-  const uint32_t even = max(least * warps, (tiles + gridDim.x - 1) / gridDim.x);
-  for (uint32_t most = even; most <= even + warps; most += (warps + 1) / 2) {
-    uint32_t blocks = 0;
-#pragma unroll 1
-    for (uint32_t sequence = lane; sequence < args.sequences; sequence += 32)
-      blocks += (range(args, sequence).tiles() + most - 1) / most;
-    if (__reduce_add_sync(~0u, blocks) * rows(args) <= gridDim.x) return most;
-  }
-  return 0;
+__device__ size_t first_query(const Decode& args, const Row& row) {
+  return size_t{args.tables.cu_seqlens[row.sequence]} * args.heads + row.kv_head * args.group +
+         row.share * args.queries;
 }
-
-// Prefix sums over the sequences into `before`, [sequences + 1], by the whole block: of the tiles of a row, or, if a
-// block takes at most so many of one, of its blocks.
-__device__ void lay_out(const Decode& args, uint32_t most, uint32_t* before) {
-  __shared__ uint32_t sums[32];
-  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  uint32_t total = 0;
-#pragma unroll 1
-  for (uint32_t base = 0; base < args.sequences; base += blockDim.x) {
-    const uint32_t sequence = base + threadIdx.x;
-    uint32_t sum = sequence < args.sequences ? range(args, sequence).tiles() : 0;
-    if (most != 0) sum = (sum + most - 1) / most;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const uint32_t left = __shfl_up_sync(~0u, sum, offset);
-      if (lane >= offset) sum += left;
-    }
-    __syncthreads();
-    if (lane == 31) sums[warp] = sum;
-    __syncthreads();
-    const uint32_t of_warp = lane < warps ? sums[lane] : 0;
-    sum += __reduce_add_sync(~0u, lane < warp ? of_warp : 0);
-    if (sequence < args.sequences) before[sequence + 1] = total + sum;
-    total += __reduce_add_sync(~0u, of_warp);
-  }
-  if (threadIdx.x == 0) before[0] = 0;
-  __syncthreads();
-}
-
-// A row, and where in the line of all rows' tiles, or blocks, its own are.
-struct Row {
-  uint32_t sequence, kv_head, share;  // the share of the group's queries that the row is of
-  uint32_t begin, count;
-  Range tokens;
-  float key_scale, value_scale;  // asked for as soon as the row is found
-
-  // The one that has number `at` of the line.
-  __device__ void find(const Decode& args, const uint32_t* before, uint32_t at) {
-    uint32_t low = 0, high = args.sequences;  // before[low] * rows <= at < before[high] * rows
-#pragma unroll 1
-    while (high - low > 1) {
-      const uint32_t middle = (low + high) / 2;
-      (before[middle] * rows(args) <= at ? low : high) = middle;
-    }
-    enter(args, before, low);
-    begin = before[low] * rows(args);
-    const uint32_t row = (at - begin) / count;
-    begin += row * count;
-    kv_head = row / args.shares;
-    share = row - kv_head * args.shares;
-    ask_scales(args);
-  }
-  // The next of the line: there is one.
-  __device__ void next(const Decode& args, const uint32_t* before) {
-    begin += count;
-    if (++share < args.shares) return;
-    share = 0;
-    if (++kv_head == args.kv_heads) {
-      kv_head = 0;
-      uint32_t other = sequence + 1;
-#pragma unroll 1
-      while (before[other + 1] == before[other]) ++other;
-      enter(args, before, other);
-    }
-    ask_scales(args);
-  }
-  __device__ uint32_t queries(const Decode& args) const { return min(args.queries, args.group - share * args.queries); }
-  // Where its first query is among those of all tokens.
-  __device__ size_t first(const Decode& args) const {
-    return size_t{args.cu_seqlens[sequence]} * args.heads + kv_head * args.group + share * args.queries;
-  }
-
- private:
-  __device__ void enter(const Decode& args, const uint32_t* before, uint32_t which) {
-    sequence = which;
-    count = before[which + 1] - before[which];
-    tokens = range(args, which);
-  }
-  __device__ void ask_scales(const Decode& args) {
-    key_scale = args.key_scales != nullptr ? args.key_scales[kv_head] : 1.0f;
-    value_scale = args.value_scales != nullptr ? args.value_scales[kv_head] : 1.0f;
-  }
-};
 
 // Walks a warp's tiles: a stretch of the line, or a part of one row.
 struct Cursor {
-  uint32_t at = 0, end = 0;  // tiles of the line, or of the row
-  uint32_t row_begin = 0, row_end = 0;
+  uint32_t at, end;             // tiles of the line, or of the row
+  uint32_t row_begin, row_end;  // likewise
   Row row;
+  float key_scale, value_scale;  // of the row, asked for as soon as it is known
 
-  __device__ bool done() const { return at >= end; }
-  __device__ void find(const Decode& args, const uint32_t* before) {
-    row.find(args, before, at);
-    enter();
+  __device__ Cursor(const Decode& args, const Stretch& work)
+      : at(work.at),
+        end(work.end),
+        row_begin(work.apart ? 0 : work.row.begin),
+        row_end(work.apart ? work.row.tokens.tiles() : work.row.begin + work.row.count),
+        row(work.row) {
+    if (!done()) ask_scales(args);
   }
-  __device__ void next(const Decode& args, const uint32_t* before) {
+  __device__ bool done() const { return at >= end; }
+  __device__ void next(const Decode& args) {
     if (++at != row_end || at >= end) return;
-    row.next(args, before);
-    enter();
+    row.next(args.tables);
+    row_begin = row.begin;
+    row_end = row.begin + row.count;
+    ask_scales(args);
   }
   __device__ uint32_t first_token() const { return (row.tokens.first_tile() + at - row_begin) * kTileTokens; }
   // Whether the tile has the token of this step, the row's last.
   __device__ bool newest() const { return first_token() + kTileTokens >= row.tokens.end; }
 
  private:
-  __device__ void enter() {
-    row_begin = row.begin;
-    row_end = row.begin + row.count;
+  __device__ void ask_scales(const Decode& args) {
+    key_scale = args.key_scales != nullptr ? args.key_scales[row.kv_head] : 1.0f;
+    value_scale = args.value_scales != nullptr ? args.value_scales[row.kv_head] : 1.0f;
   }
 };
 
@@ -223,7 +118,7 @@ __device__ void fetch(const Decode& args, const Cursor& cursor, uint32_t stage, 
   const uint32_t* pages = args.block_table + size_t{cursor.row.sequence} * args.max_pages;
   const auto row_of = [&](uint32_t token) {
     const uint64_t page = pages[token / args.page_size];
-    return (page * args.kv_heads + cursor.row.kv_head) * args.page_size + token % args.page_size;
+    return (page * args.tables.kv_heads + cursor.row.kv_head) * args.page_size + token % args.page_size;
   };
   const auto copy = [&](uint32_t at, uint64_t row) {
     const bool there = first + at >= tokens.first && first + at < tokens.end;
@@ -249,8 +144,8 @@ template <int HeadDim, class Cache>
 __device__ void load_queries(const Decode& args, const Row& row, uint32_t (&q)[HeadDim / 16][2], int lane) {
   using Tile = CacheTile<HeadDim, Cache>;
   const uint32_t query = lane / 4;
-  const bool there = query < row.queries(args);
-  const bf16_t* from = args.q + (row.first(args) + query) * HeadDim;
+  const bool there = query < queries(args, row);
+  const bf16_t* from = args.q + (first_query(args, row) + query) * HeadDim;
 #pragma unroll
   for (int k = 0; k < HeadDim / 16; ++k)
 #pragma unroll
@@ -267,9 +162,9 @@ struct State {
   float out[HeadDim / 16][4];
   float best[2], sum[2];  // of queries 2 (lane % 4) and the next; a lane's own share of the sum
 
-  __device__ void clear(const Decode& args, const Row& row) {
+  __device__ void clear(const Decode& args, float key_scale) {
     score = args.score;
-    score.scale *= row.key_scale;
+    score.scale *= key_scale;
 #pragma unroll
     for (auto& fragment : out) fragment[0] = fragment[1] = fragment[2] = fragment[3] = 0;
     best[0] = best[1] = -INFINITY;
@@ -350,9 +245,9 @@ struct Weighed {
   float4 sum[kRuns] = {};
 
   __device__ static bool within(int lane) { return lane < HeadDim / 4; }
-  __device__ void write_out(const Decode& args, const Row& row, float out_factor, uint32_t query, int lane) const {
-    const float factor = out_factor * row.value_scale / mass;
-    const size_t to = (row.first(args) + query) * HeadDim + 4 * lane;
+  __device__ void write_out(const Decode& args, const Cursor& at, float out_factor, uint32_t query, int lane) const {
+    const float factor = out_factor * at.value_scale / mass;
+    const size_t to = (first_query(args, at.row) + query) * HeadDim + 4 * lane;
 #pragma unroll
     for (int run = 0; run < kRuns; ++run)
       if (within(lane)) args.out.store(to + 128 * run, sum[run] * factor);
@@ -421,12 +316,12 @@ struct Parts {
 
 // Weighs the parts of a row in their order, whoever came last: they are all of it, or part `place` of others.
 template <int HeadDim>
-__device__ void combine(const Decode& args, const Row& row, float out_factor, const Parts& parts, bool all,
+__device__ void combine(const Decode& args, const Cursor& at, float out_factor, const Parts& parts, bool all,
                         const Parts& others, uint32_t place, int lane) {
   using Mean = Weighed<HeadDim>;
   constexpr int kAtOnce = 4;
 #pragma unroll 1
-  for (uint32_t query = 0; query < row.queries(args); ++query) {
+  for (uint32_t query = 0; query < queries(args, at.row); ++query) {
     Mean mean;
     for (uint32_t from = 0; from < parts.count; from += kAtOnce) {
       float2 weights[kAtOnce];
@@ -444,7 +339,7 @@ __device__ void combine(const Decode& args, const Row& row, float out_factor, co
       for (int i = 0; i < kAtOnce; ++i) mean.add(weights[i], values[i]);
     }
     if (all)
-      mean.write_out(args, row, out_factor, query, lane);
+      mean.write_out(args, at, out_factor, query, lane);
     else
       mean.leave(others.sums_of(place) + query * HeadDim, others.weights_of(place)[query], lane);
   }
@@ -461,44 +356,14 @@ __device__ Parts global_parts(const Decode& args, uint32_t place, uint32_t arriv
           .stride = args.queries * HeadDim};
 }
 
-// What a warp has to do.
-struct Work {
-  bool apart;               // whether rows have blocks of their own, which many never have
-  uint32_t warps, stretch;  // of a block; number of this warp among those of all
-  uint32_t length, block;   // tiles a warp; apart: number of this block among the row's
-  Cursor tiles;
-
-  __device__ Work(const Decode& args, bool many, uint32_t least, uint32_t* before)
-      : warps(blockDim.x / 32), stretch(blockIdx.x * warps + threadIdx.x / 32), length(0), block(0) {
-    const uint32_t most = many ? 0 : tiles_a_block(args, least);
-    apart = most != 0;
-    lay_out(args, most, before);
-    const uint32_t all = before[args.sequences] * rows(args);
-    if (!apart) {
-      length = max((all + args.stretches - 1) / args.stretches, least);
-      tiles.at = min(all, stretch * length);
-      tiles.end = min(all, tiles.at + length);
-      if (!tiles.done()) tiles.find(args, before);
-    } else if (blockIdx.x < all) {
-      tiles.row.find(args, before, blockIdx.x);
-      tiles.row_end = tiles.row.tokens.tiles();
-      block = blockIdx.x - tiles.row.begin;
-      length = (tiles.row_end + tiles.row.count * warps - 1) / (tiles.row.count * warps);
-      tiles.at = min(tiles.row_end, (block * warps + threadIdx.x / 32) * length);
-      tiles.end = min(tiles.row_end, tiles.at + length);
-    }
-  }
-  // Of a row that the warp has tiles of: blocks that have some, where it has its own.
-  __device__ uint32_t blocks(const Cursor& at) const { return (at.row_end + warps * length - 1) / (warps * length); }
-};
-
 // Where the parts of the row at the cursor are left. Of a row that one block has, the rings have room for them: they
 // are no longer used.
 template <int HeadDim>
-__device__ Parts parts_of(const Decode& args, const Work& work, const Cursor& at, char* rings, uint32_t ring_bytes,
+__device__ Parts parts_of(const Decode& args, const Stretch& work, const Cursor& at, char* rings, uint32_t ring_bytes,
                           float2* weights) {
   if (work.apart) {
-    const uint32_t left = min(work.warps * work.length, at.row_end - work.block * work.warps * work.length);
+    const uint32_t of_block = blockDim.x / 32 * work.length;
+    const uint32_t left = min(of_block, at.row_end - work.block * of_block);
     return {.sums = reinterpret_cast<float*>(rings),
             .weights = weights,
             .arrived = nullptr,
@@ -511,7 +376,7 @@ __device__ Parts parts_of(const Decode& args, const Work& work, const Cursor& at
   Parts parts = global_parts<HeadDim>(args, 2 * first, first, (at.row_end - 1) / work.length - first + 1);
   parts.step = 2;  // a stretch may have the end of one row and the beginning of another
   parts.second = at.row_begin % work.length != 0;
-  parts.mine = work.stretch - first;
+  parts.mine = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32 - first;
   return parts;
 }
 
@@ -534,18 +399,19 @@ __device__ void publish(const Parts& parts, int lane) {
 // not go to global memory, nor does it wait in a fence for all that it has asked for. `stage` is one that is no longer
 // used.
 template <int HeadDim, class Cache>
-__device__ void finish(const State<HeadDim, Cache>& state, const Decode& args, const Work& work, const Cursor& at,
+__device__ void finish(const State<HeadDim, Cache>& state, const Decode& args, const Stretch& work, const Cursor& at,
                        float out_factor, char* rings, uint32_t ring_bytes, char* stage, float2* weights, int lane) {
   Parts parts = parts_of<HeadDim>(args, work, at, rings, ring_bytes, weights);
   parts.my_sums = work.apart ? parts.sums_of(parts.mine) : reinterpret_cast<float*>(stage);
   parts.my_weights = weights + threadIdx.x / 32 * args.queries;
-  state.leave(parts.my_sums, parts.my_weights, at.row.queries(args), lane);
+  state.leave(parts.my_sums, parts.my_weights, queries(args, at.row), lane);
   __syncwarp();
   uint32_t blocks = 1;
   bool complete;
   if (work.apart) {
     meet(parts.count);
-    blocks = work.blocks(at);
+    const uint32_t of_block = blockDim.x / 32 * work.length;
+    blocks = (at.row_end + of_block - 1) / of_block;  // that have tiles of the row
     complete = parts.mine + 1 == parts.count;
   } else {
     complete = parts.others_there(lane);
@@ -556,7 +422,7 @@ __device__ void finish(const State<HeadDim, Cache>& state, const Decode& args, c
   }
   for (bool all = blocks == 1; complete; all = true) {
     const Parts others = global_parts<HeadDim>(args, at.row.begin, at.row.begin, blocks);
-    combine<HeadDim>(args, at.row, out_factor, parts, all, others, work.block, lane);
+    combine<HeadDim>(args, at, out_factor, parts, all, others, work.block, lane);
     if (all) break;
     parts = others;
     complete = parts.complete(lane);
@@ -572,12 +438,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32, most_blocks<HeadDim>) decode_k
                      kRing = kStages * kStage;
   const int lane = threadIdx.x % 32;
   const uint32_t ring = shared_address(rings) + threadIdx.x / 32 * kRing;
-  uint32_t* before = reinterpret_cast<uint32_t*>(rings + blockDim.x / 32 * kRing);
   allow_next();
-  const Work work(args, Many, kStages, before);   // reads tables only, which are older than the kernel before
-  if (work.tiles.done()) return wait_for_last();  // whoever waits for this kernel waits for those before it
+  Stretch work = args.stretches[blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32];
+  if (Many) work.apart = false;
+  Cursor here(args, work), ahead = here;
+  if (here.done()) return wait_for_last();  // whoever waits for this kernel waits for those before it
 
-  Cursor here = work.tiles, ahead = here;
   uint32_t q[HeadDim / 16][2];
   State<HeadDim, Cache> state;
   const float out_factor = args.out.factor();
@@ -594,7 +460,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, most_blocks<HeadDim>) decode_k
       wait_once();
       if (here.at == piece) {
         load_queries<HeadDim, Cache>(args, here.row, q, lane);
-        state.clear(args, here.row);
+        state.clear(args, here.key_scale);
       }
       wait_copies<kStages - 1>();
       __syncwarp();  // every lane's copies are there
@@ -605,12 +471,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32, most_blocks<HeadDim>) decode_k
                lane);
         piece = here.at + 1;
       }
-      here.next(args, before);
+      here.next(args);
     }
     if (!ahead.done()) {
       if (ahead.newest()) wait_once();
       fetch<HeadDim, Cache>(args, ahead, stage, lane);
-      ahead.next(args, before);
+      ahead.next(args);
     }
     commit_copies();
   }
@@ -618,30 +484,54 @@ __global__ void __launch_bounds__(kMaxWarps * 32, most_blocks<HeadDim>) decode_k
 
 constexpr int kStaticShared = 1024;  // bytes that decode_kernel has besides, at most
 
+int most_shared(const DeviceInfo& device) { return device.shared_memory - kStaticShared; }
+
+struct Launch {
+  void (*kernel)(Decode);
+  DecodeGrid grid;
+  size_t shared;
+};
+
 template <int HeadDim, class Cache, bool Many>
-void launch(Decode args, const DeviceInfo& device, const Stream& stream) {
-  const size_t geometry = (args.sequences + 1) * sizeof(uint32_t), most = device.shared_memory - kStaticShared;
+Launch launch_of(const DeviceInfo& device) {
+  const size_t most = most_shared(device);
   constexpr size_t kWarpBytes = stages<HeadDim, Cache, Many> * stage_bytes<HeadDim, Cache>;
   uint32_t warps = most_warps<HeadDim, Cache, Many>;
-  while (warps > 1 && warps * kWarpBytes + geometry > most) --warps;
-  const size_t shared = warps * kWarpBytes + geometry;
+  while (warps > 1 && warps * kWarpBytes > most) --warps;
+  const size_t shared = warps * kWarpBytes;
   const uint32_t blocks = device.multiprocessors * (2 * (shared + 2048) <= most ? most_blocks<HeadDim> : 1);
-  args.stretches = blocks * warps;
-  allow_shared(decode_kernel<HeadDim, Cache, Many>, most);
-  launch_early(stream, blocks, warps * 32, shared, decode_kernel<HeadDim, Cache, Many>, args);
-}
-
-template <int HeadDim, class Cache>
-void launch(const Decode& args, const DeviceInfo& device, const Stream& stream) {
-  const bool many = args.sequences * args.kv_heads * args.shares >
-                    static_cast<uint32_t>(device.multiprocessors * most_blocks<HeadDim>);
-  many ? launch<HeadDim, Cache, true>(args, device, stream) : launch<HeadDim, Cache, false>(args, device, stream);
+  return {decode_kernel<HeadDim, Cache, Many>, {blocks, warps, stages<HeadDim, Cache, Many>, Many}, shared};
 }
 
 template <int HeadDim>
-void launch(const Decode& args, const DeviceInfo& device, const Stream& stream) {
-  args.key_scales != nullptr ? launch<HeadDim, uint8_t>(args, device, stream)
-                             : launch<HeadDim, bf16_t>(args, device, stream);
+Launch launch_of(const DecodeTables& tables, bool fp8, const DeviceInfo& device) {
+  const bool many = tables.sequences * tables.kv_heads * tables.shares >
+                    static_cast<uint32_t>(device.multiprocessors * most_blocks<HeadDim>);
+  if (fp8) return many ? launch_of<HeadDim, uint8_t, true>(device) : launch_of<HeadDim, uint8_t, false>(device);
+  return many ? launch_of<HeadDim, bf16_t, true>(device) : launch_of<HeadDim, bf16_t, false>(device);
+}
+
+Launch launch_of(const AttentionArgs& args, const DecodeTables& tables, const DeviceInfo& device) {
+  const bool fp8 = args.cache.key_scales != nullptr;
+  switch (args.cache.head_dim) {
+    case 16: return launch_of<16>(tables, fp8, device);
+    case 32: return launch_of<32>(tables, fp8, device);
+    case 64: return launch_of<64>(tables, fp8, device);
+    case 128: return launch_of<128>(tables, fp8, device);
+    case 256: return launch_of<256>(tables, fp8, device);
+    default: throw Error::invalid_argument("head_dim " + std::to_string(args.cache.head_dim) + " has no CUDA kernel");
+  }
+}
+
+uint32_t group(const AttentionArgs& args) { return args.heads / args.cache.kv_heads; }
+
+DecodeTables tables_of(const AttentionArgs& args) {
+  return {.cu_seqlens = args.cu_seqlens,
+          .kv_len = args.kv_len,
+          .sequences = args.sequences,
+          .kv_heads = args.cache.kv_heads,
+          .window = args.window,
+          .shares = (group(args) + kTileQueries - 1) / kTileQueries};
 }
 
 size_t most_stretches(const DeviceInfo& device, uint32_t head_dim) {
@@ -659,41 +549,38 @@ size_t decode_scratch_bytes(const DeviceInfo& device, uint32_t head_dim, uint32_
 
 size_t decode_arrival_bytes(const DeviceInfo& device) { return most_stretches(device, 1) * sizeof(uint32_t); }
 
-void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* scratch, uint32_t* arrivals,
-                      const Stream& stream) {
-  const uint32_t group = args.heads / args.cache.kv_heads, shares = (group + kTileQueries - 1) / kTileQueries;
+size_t decode_plan_bytes(const DeviceInfo& device) { return most_stretches(device, 1) * sizeof(Stretch); }
+
+void plan_decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* plan, const Stream& stream) {
+  const DecodeTables tables = tables_of(args);
+  plan_decode(tables, launch_of(args, tables, device).grid, most_shared(device), static_cast<Stretch*>(plan), stream);
+}
+
+void decode_attention(const AttentionArgs& args, const DeviceInfo& device, const void* plan, void* scratch,
+                      uint32_t* arrivals, const Stream& stream) {
+  const DecodeTables tables = tables_of(args);
   float2* weights = static_cast<float2*>(scratch);
   const Decode decode{.q = static_cast<const bf16_t*>(args.q),
                       .keys = args.cache.keys,
                       .values = args.cache.values,
                       .key_scales = args.cache.key_scales,
                       .value_scales = args.cache.value_scales,
-                      .cu_seqlens = args.cu_seqlens,
-                      .kv_len = args.kv_len,
+                      .tables = tables,
+                      .stretches = static_cast<const Stretch*>(plan),
                       .block_table = args.block_table,
-                      .sequences = args.sequences,
                       .max_pages = args.max_pages,
                       .page_size = args.cache.page_size,
                       .heads = args.heads,
-                      .kv_heads = args.cache.kv_heads,
-                      .window = args.window,
-                      .group = group,
-                      .shares = shares,
-                      .queries = (group + shares - 1) / shares,
+                      .group = group(args),
+                      .queries = (group(args) + tables.shares - 1) / tables.shares,
                       .score = ScoreScale::of(args.scale, args.soft_cap),
                       .out = {args.out, args.quantize.scale},
-                      .partial = reinterpret_cast<float*>(weights + weight_count(device, group)),
+                      .partial = reinterpret_cast<float*>(weights + weight_count(device, group(args))),
                       .weights = weights,
-                      .arrivals = arrivals,
-                      .stretches = 0};
-  switch (args.cache.head_dim) {
-    case 16: return launch<16>(decode, device, stream);
-    case 32: return launch<32>(decode, device, stream);
-    case 64: return launch<64>(decode, device, stream);
-    case 128: return launch<128>(decode, device, stream);
-    case 256: return launch<256>(decode, device, stream);
-    default: throw Error::invalid_argument("head_dim " + std::to_string(args.cache.head_dim) + " has no CUDA kernel");
-  }
+                      .arrivals = arrivals};
+  const Launch launch = launch_of(args, tables, device);
+  allow_shared(launch.kernel, most_shared(device));
+  launch_early(stream, launch.grid.blocks, launch.grid.warps * 32, launch.shared, launch.kernel, decode);
 }
 
 }  // namespace gemma_cuda::cuda

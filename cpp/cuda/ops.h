@@ -42,10 +42,13 @@ void fill_random(void* to, DType type, size_t count, uint64_t seed, float deviat
 
 // Sequences with several new tokens.
 void prefill_attention(const AttentionArgs& args, const DeviceInfo& device, const Stream& stream);
-// Sequences with one new token. `scratch` holds decode_scratch_bytes(), whatever is in them; `arrivals`
-// decode_arrival_bytes() of zeros, and has zeros again when it is done.
-void decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* scratch, uint32_t* arrivals,
-                      const Stream& stream);
+// Sequences with one new token, by a plan that plan_decode_attention() has made for the same tables, cache, heads and
+// window in decode_plan_bytes(); behind that launch this one must not overlap. `scratch` holds decode_scratch_bytes(),
+// whatever is in them; `arrivals` decode_arrival_bytes() of zeros, and has zeros again when it is done.
+void plan_decode_attention(const AttentionArgs& args, const DeviceInfo& device, void* plan, const Stream& stream);
+void decode_attention(const AttentionArgs& args, const DeviceInfo& device, const void* plan, void* scratch,
+                      uint32_t* arrivals, const Stream& stream);
+size_t decode_plan_bytes(const DeviceInfo& device);
 size_t decode_arrival_bytes(const DeviceInfo& device);
 size_t decode_scratch_bytes(const DeviceInfo& device, uint32_t head_dim, uint32_t group);
 

@@ -142,6 +142,9 @@ struct AttentionArgs {
   const uint32_t* kv_len;       // [s] cached tokens, the new ones among them
   const uint32_t* block_table;  // [s, max_pages]
   uint32_t sequences, max_pages;
+  // A number for what is in these tables now: calls that give the same one may share what is computed from them. 0:
+  // none.
+  uint64_t pass = 0;
   const QueryTile* query_tiles = nullptr;  // [tiles] of all sequences with several new tokens; longest work first
   uint32_t tiles = 0;
   uint32_t heads;
