@@ -36,6 +36,8 @@ void fill_scales(float* to, const float* scale, uint32_t count, cudaStream_t str
 void scale_product(const GemmArgs& args, const Stream& stream);
 void observe(const ObserveArgs& args, const Stream& stream);
 void observe_cache(const ObserveCacheArgs& args, const Stream& stream);
+// Between the device's memory and the host's pinned memory, either way.
+void copy_pinned(void* to, const void* from, size_t bytes, cudaStream_t stream);
 // to[i] = from[i], between f32, bf16 and f16, rounded to nearest even.
 void convert(void* to, DType to_type, const void* from, DType from_type, size_t count, cudaStream_t stream);
 void fill_random(void* to, DType type, size_t count, uint64_t seed, float deviation, cudaStream_t stream);

@@ -75,8 +75,7 @@ void PinnedRing::send_all(const char* host, size_t bytes, F send) {
 
 void PinnedRing::upload(void* to, const void* host, size_t bytes, cudaStream_t stream) {
   send_all(static_cast<const char*>(host), bytes, [&](const Piece& piece, size_t begin, size_t size) {
-    GEMMA_CUDA_CHECK(
-        cudaMemcpyAsync(static_cast<char*>(to) + begin, piece.pinned, size, cudaMemcpyHostToDevice, stream));
+    copy_pinned(static_cast<char*>(to) + begin, piece.pinned, size, stream);
     GEMMA_CUDA_CHECK(cudaEventRecord(piece.copied, stream));
   });
 }

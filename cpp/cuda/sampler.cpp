@@ -69,11 +69,10 @@ void Sampler::start_results(uint32_t count, uint32_t max_top, cudaStream_t strea
   lane.max_top = max_top;
   const size_t entries = size_t{count} * max_top;
   if (count > 0)
-    GEMMA_CUDA_CHECK(cudaMemcpyAsync(lane.results.get<SampleResult>(count), results_.get<SampleResult>(count),
-                                     count * sizeof(SampleResult), cudaMemcpyDeviceToHost, stream));
+    copy_pinned(lane.results.get<SampleResult>(count), results_.get<SampleResult>(count), count * sizeof(SampleResult),
+                stream);
   if (entries > 0)
-    GEMMA_CUDA_CHECK(cudaMemcpyAsync(lane.tops.get<TopEntry>(entries), tops(count, max_top, stream),
-                                     entries * sizeof(TopEntry), cudaMemcpyDeviceToHost, stream));
+    copy_pinned(lane.tops.get<TopEntry>(entries), tops(count, max_top, stream), entries * sizeof(TopEntry), stream);
   GEMMA_CUDA_CHECK(cudaEventRecord(lane.done, stream));
   unfinished_.push_back(&lane);
 }
