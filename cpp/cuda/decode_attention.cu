@@ -1,14 +1,14 @@
 // Attention of sequences with one new token over their paged cache.
 //
-// What bounds it is the reading of K and V, each once, so every warp has the same bytes to read: a stretch of the line of
-// all tiles of 16 tokens, or of a row of its block's own, as a plan has it that layers share (decode_plan.cuh). What the
-// warps of a block find of its own row comes together in shared memory.
+// What bounds it is the reading of K and V, each once, so every warp has the same bytes to read: a stretch of the line
+// of all tiles of 16 tokens, or of a row of its block's own, as a plan has it that layers share (decode_plan.cuh). What
+// the warps of a block find of its own row comes together in shared memory.
 //
 // A warp is on its own: it copies its next tiles into its ring in shared memory (cp.async, running ahead over the ends
 // of rows), and takes them to the tensor cores: S^T = K Q^T and O^T = V^T P^T with the group's query heads as the eight
 // columns of the product. No barrier but those of rows apart. Of a row each warp leaves a part of the result (maximum,
-// sum, unnormalized output), and the last combines them in a fixed order, whichever warp that is; its own part it has at
-// hand. No block waits for another.
+// sum, unnormalized output), and the last combines them in a fixed order, whichever warp that is; its own part it has
+// at hand. No block waits for another.
 //
 // What earlier steps left in the cache is asked for before the kernel before has ended (launch.cuh); only the tile with
 // the newest token has to wait for it. Code is kept short: every layer reads it anew.

@@ -18,8 +18,9 @@
 // result does not depend on which block that was, nor on the number of tokens: a token's results are the same in every
 // batch. No block waits for another, which a GPU shared with other work might never start. Where a norm reads the
 // result, all parts are left to it (ProductParts), to add them in the same order: joining them here took 2 to 7 us of a
-// product in a step. That is a kernel of its own, of a third of the code. Where tiles of fewer rows are one a block, as those of 96 for q, k, v of gemma-7b, none is
-// cut: 2 % of a step of one sequence, though four multiprocessors are idle.
+// product in a step. That is a kernel of its own, of a third of the code. Where tiles of fewer rows are one a block, as
+// those of 96 for q, k, v of gemma-7b, none is cut: 2 % of a step of one sequence, though four multiprocessors are
+// idle.
 //
 // Gate and up are multiplied in one, eight rows of each by turns, which the copy engine brings in that order: so a
 // thread has both for the same column, and GeGLU is all that is written. At 64 tokens that is 5 % of a step in FP8, 3 %
