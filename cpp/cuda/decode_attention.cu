@@ -124,8 +124,8 @@ __device__ void fetch(const Decode& args, const Cursor& cursor, uint32_t stage, 
     const bool there = first + at >= tokens.first && first + at < tokens.end;
     const uint64_t offset = row * Rows::kRowBytes + chunk * 16;
     const uint32_t to = Rows::chunk(stage, at, chunk);
-    copy_async(to, static_cast<const char*>(args.keys) + offset, there);
-    copy_async(to + kTileTokens * Rows::kRowBytes, static_cast<const char*>(args.values) + offset, there);
+    stream_async(to, static_cast<const char*>(args.keys) + offset, there);
+    stream_async(to + kTileTokens * Rows::kRowBytes, static_cast<const char*>(args.values) + offset, there);
   };
   if (lane >= kRows * kLanes) return;
   if (args.page_size % kTileTokens == 0) {  // a tile lies in one page
