@@ -19,6 +19,7 @@
 #include <cmath>
 
 #include "cuda/arrival.cuh"
+#include "cuda/cache_policy.cuh"
 #include "cuda/decode_plan.cuh"
 #include "cuda/decode_tiles.cuh"
 #include "cuda/launch.cuh"

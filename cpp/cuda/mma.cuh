@@ -22,14 +22,6 @@ __device__ inline uint32_t shared_address(const void* pointer) {
 __device__ inline void copy_async(uint32_t to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
-// The same of what is read once a step: what others have written stays in the L2 cache, and is not written to memory to
-// make room.
-__device__ inline void stream_async(uint32_t to, const void* from, bool there) {
-  constexpr uint64_t kEvictFirst = 0x12f0000000000000;
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
-               "r"(there ? 16 : 0), "l"(kEvictFirst)
-               : "memory");
-}
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most N of the committed groups are under way.
 template <int N>

@@ -199,7 +199,7 @@ __device__ bool join_parts(float (&sums)[N][4], const SkinnyGemm& args, uint32_t
     float4* mine = part(blockIdx.x);
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      __stcg(mine + i * kGroups * kGroup, make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]));
+      store_kept(mine + i * kGroups * kGroup, make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]));
     any_of_group(group, false);  // all have
     complete = any_of_group(group, one && add_acquire_release(arrived) == others);
   }

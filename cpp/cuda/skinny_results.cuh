@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "cuda/cache_policy.cuh"
 #include "cuda/geglu.cuh"
 #include "cuda/logit_survey.cuh"
 #include "cuda/product_parts.cuh"
@@ -121,20 +122,23 @@ __device__ uint32_t tokens_there(const SkinnyGemm& args, uint64_t kept = ~uint64
   return there;
 }
 
-// A store under a predicate: ptxas makes a branch of an if around a conversion and a store.
+// A store under a predicate: ptxas makes a branch of an if around a conversion and a store. Logits are seldom read, and
+// many; all else is what the next kernel reads (cache_policy.cuh).
 __device__ inline void store_if(bool there, float* to, float x) {
   asm volatile("{.reg .pred there; setp.ne.b32 there, %0, 0; @there st.global.f32 [%1], %2;}" ::"r"(uint32_t{there}),
                "l"(to), "f"(x)
                : "memory");
 }
 __device__ inline void store_if(bool there, __nv_bfloat16* to, float x) {
-  asm volatile("{.reg .pred there; setp.ne.b32 there, %0, 0; @there st.global.b16 [%1], %2;}" ::"r"(uint32_t{there}),
-               "l"(to), "h"(__bfloat16_as_ushort(__float2bfloat16_rn(x)))
+  asm volatile("{.reg .pred there; setp.ne.b32 there, %0, 0; @there st.global.L2::cache_hint.b16 [%1], %2, %3;}" ::"r"(
+                   uint32_t{there}),
+               "l"(to), "h"(__bfloat16_as_ushort(__float2bfloat16_rn(x))), "l"(kEvictLast)
                : "memory");
 }
 __device__ inline void store_if(bool there, uint8_t* to, float x) {
-  asm volatile("{.reg .pred there; setp.ne.b32 there, %0, 0; @there st.global.b8 [%1], %2;}" ::"r"(uint32_t{there}),
-               "l"(to), "r"(narrow_e4m3(x, 0))
+  asm volatile("{.reg .pred there; setp.ne.b32 there, %0, 0; @there st.global.L2::cache_hint.b8 [%1], %2, %3;}" ::"r"(
+                   uint32_t{there}),
+               "l"(to), "r"(narrow_e4m3(x, 0)), "l"(kEvictLast)
                : "memory");
 }
 
@@ -265,7 +269,7 @@ __device__ void leave_part(const float (&sums)[N][4], const SkinnyGemm& args, ui
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const uint32_t token = token_of(2 * i + e % 2);
-      if (token < args.tokens) __stcg(to + token * kTileRows + e / 2 * 8, sums[i][e]);
+      if (token < args.tokens) store_kept(to + token * kTileRows + e / 2 * 8, sums[i][e]);
     }
 }
 

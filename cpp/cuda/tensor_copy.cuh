@@ -8,14 +8,12 @@
 #include <cstdint>
 
 #include "cuda/barrier.cuh"
+#include "cuda/cache_policy.cuh"
 #include "cuda/tensor_map.h"
 
 namespace gemma_cuda::cuda {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// How the L2 cache is to treat what is read once, and what every block reads.
-constexpr uint64_t kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000;
 
 // Starts the copy of a box whose first element is at (row, column); the barrier counts its bytes.
 __device__ inline void copy_box(uint32_t to, const CUtensorMap& map, uint32_t row, uint32_t column, Barrier& barrier) {
