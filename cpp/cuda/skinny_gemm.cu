@@ -32,8 +32,8 @@
 // Reaches, on an H100, in a step of gemma-7b in FP8: what a product adds to the time of the kernels before it (us; what
 // its bytes need at the 3.01 TB/s of a copy, which come in part while those still run; benches/NOTES.md):
 //             q, k, v (12.5)   attention's output (4.2)   gate and up (50.2)   down (25.1)
-//  8 tokens    9.8              3.6                        48.6                 24.1
-// 64 tokens   14.5              5.3                        51.2                 25.2
+//  1 token     9.6              3.0                        46.1                 24.6
+// 64 tokens   13.6              4.3                        50.7                 24.6
 // In bf16 all four of 64 tokens add 188 for 184 of bytes. The output of attention by itself was faster by
 // cuBLASLt, 0.3 % of a step, with parts of eight slots; it stays here, so that no row of a product depends on the
 // batch.
