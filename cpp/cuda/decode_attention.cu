@@ -442,7 +442,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, most_blocks<HeadDim>) decode_k
   const uint32_t ring = shared_address(rings) + threadIdx.x / 32 * kRing;
   allow_next();
   Stretch work = args.stretches[blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32];
-  if (Many) work.apart = false;
+  if (Many) work.apart = false;  // as it is: so the code for it is left out
   Cursor here(args, work), ahead = here;
   if (here.done()) return wait_for_last();  // whoever waits for this kernel waits for those before it
 
