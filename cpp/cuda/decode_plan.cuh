@@ -68,12 +68,10 @@ struct alignas(16) Stretch {
 };
 static_assert(sizeof(Stretch) == 48);
 
-// How many warps in how many blocks there are, and fewer tiles than `least` are not worth a warp.
+// How many blocks of how many warps attention has; fewer tiles than `least` are not worth a warp.
 struct DecodeGrid {
   uint32_t blocks, warps, least;
   bool many;  // more rows than blocks, whatever their lengths
-
-  uint32_t stretches() const { return blocks * warps; }
 };
 
 // Writes all stretches.
