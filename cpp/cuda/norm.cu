@@ -126,7 +126,7 @@ struct Delta<N, true> {
 
 // Each thread has up to N runs of eight elements; those past the end of the row are zero.
 template <int N, bool InParts>
-__global__ void __launch_bounds__(kMostThreads) norm_kernel(Norm args) {
+__global__ void __launch_bounds__(kMostThreads, 1) norm_kernel(Norm args) {
   __shared__ float partial[32];
   allow_next();
   const Weights<N, InParts> weights(args.weight, args.hidden), delta_weights(args.delta_weight, args.hidden);
