@@ -304,7 +304,9 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
       const Rows<kKind> rows(args, tile);
       const Scales scales(args, rows);
       add_slots(count);
-      if (count == args.cut.depth || join_parts(sums, args, tile, group)) {
+      bool complete = true;
+      if constexpr (kKind != Kind::whole) complete = count == args.cut.depth || join_parts(sums, args, tile, group);
+      if (complete) {
         scales.apply(sums, args);
         finish_tiles.tile(sums, rows);
       }
@@ -382,7 +384,7 @@ SkinnyGemm skinny_gemm_of(const GemmArgs& args, const Scratch& scratch) {
 
 // Shares the tiles out among the blocks.
 void divide(SkinnyGemm& work, Kind kind, const Matrix& w, uint32_t columns, const DeviceInfo& device) {
-  work.tile_rows = kind == Kind::plain ? tile_rows(w, device) : kTileRows;
+  work.tile_rows = kind == Kind::whole ? tile_rows(w, device) : kTileRows;
   const uint32_t depth = (w.cols + columns - 1) / columns;
   const uint32_t all = (w.rows + work.tile_rows - 1) / work.tile_rows,
                  least = kind == Kind::parts ? kLeastLeftSlots : kLeastSlots,
@@ -442,7 +444,11 @@ bool skinny_gemm_fits(const GemmArgs& args, const DeviceInfo& device) { return f
 
 void skinny_gemm(const GemmArgs& args, const DeviceInfo& device, void* partials, uint32_t* arrivals,
                  const Stream& stream) {
-  launch<Kind::plain>(skinny_gemm_of(args, {partials, arrivals}), args, device, stream);
+  const SkinnyGemm work = skinny_gemm_of(args, {partials, arrivals});
+  if (tile_rows(args.w, device) < kTileRows)
+    launch<Kind::whole>(work, args, device, stream);
+  else
+    launch<Kind::plain>(work, args, device, stream);
 }
 
 bool skinny_gemm_leaves_parts(const GemmArgs& args, const DeviceInfo& device) {

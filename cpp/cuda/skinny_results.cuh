@@ -23,10 +23,10 @@ constexpr uint32_t kGroupRows = 64;  // of w, for each
 constexpr uint32_t kTileRows = kGroups * kGroupRows;
 static_assert(kTileRows == kPartRows);
 
-// What becomes of the sums: they are written; each block leaves its part of them (ProductParts); GeGLU is made of those
-// of gate and up; or they are logits, of whose rows sample() needs a survey before anything else, and often nothing
-// else.
-enum class Kind { plain, parts, gated, surveyed };
+// What becomes of the sums: they are written, by `whole` where no tile is cut, which takes half the code and two thirds
+// of the registers; each block leaves its part of them (ProductParts); GeGLU is made of those of gate and up; or they
+// are logits, of whose rows sample() needs a survey before anything else, and often nothing else.
+enum class Kind { plain, whole, parts, gated, surveyed };
 
 struct SkinnyGemm {
   void* out;
@@ -183,13 +183,10 @@ __device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const R
 
 // Of each tile in its turn, by all threads that multiply, and at the end.
 template <int Tokens, Kind kKind>
-class Finish;
-
-template <int Tokens>
-class Finish<Tokens, Kind::plain> {
+class Finish {
  public:
   __device__ explicit Finish(const SkinnyGemm& args) : args_(args) {}
-  __device__ void tile(const float (&sums)[Tokens / 8][4], const Rows<Kind::plain>& rows) {
+  __device__ void tile(const float (&sums)[Tokens / 8][4], const Rows<kKind>& rows) {
     store(sums, args_, rows, tokens_there<Tokens / 8>(args_));
   }
   __device__ void end() {}
