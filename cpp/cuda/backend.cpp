@@ -245,7 +245,7 @@ class CudaBackend final : public Backend {
     });
   }
   void rope(const RopeArgs& args) override {
-    on_device([&] { cuda::rope(args, stream()); });
+    on_device([&] { cuda::rope(args, device_, stream()); });
   }
   void geglu(const GegluArgs& args) override {
     on_device([&] { cuda::geglu(args, stream()); });

@@ -26,7 +26,7 @@ void embed(const EmbedArgs& args, cudaStream_t stream);
 void norm(const NormArgs& args, const Stream& stream);
 // Its delta is the sum of these parts.
 void norm(const NormArgs& args, const ProductParts& delta, const Stream& stream);
-void rope(const RopeArgs& args, const Stream& stream);
+void rope(const RopeArgs& args, const DeviceInfo& device, const Stream& stream);
 void geglu(const GegluArgs& args, const Stream& stream);
 void soft_cap(const SoftCapArgs& args, const Stream& stream);
 void quantize(const QuantizeArgs& args, const Stream& stream);
