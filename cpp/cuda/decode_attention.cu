@@ -416,7 +416,8 @@ __device__ void finish(const State<HeadDim, Cache>& state, const Decode& args, c
     blocks = (at.row_end + of_block - 1) / of_block;  // that have tiles of the row
     complete = parts.mine + 1 == parts.count;
   } else {
-    complete = parts.others_there(lane);
+    // Whoever has the row's beginning has it at the end of his stretch, the others at the beginning: too early to ask.
+    complete = (parts.count == 1 || at.at + 1 == at.end) && parts.others_there(lane);
     if (!complete) {
       publish<HeadDim>(parts, lane);
       complete = parts.complete(lane);

@@ -3,6 +3,7 @@
 //
 // Every (sequence, K/V head) is a row of tiles of 16 tokens; all rows laid end to end make one line, and the line is
 // cut into equal stretches, one a warp, wherever the cuts fall. Lengths, however different, need no other balancing.
+// Where they are much the same, each warp has whole rows.
 // Where there are fewer rows than blocks, each has some blocks of its own, whose warps have even shares of it. A group
 // of more query heads than a tile's product has columns is several rows, which read the same tiles. A sequence with any
 // other number of new tokens than one has no tiles here.

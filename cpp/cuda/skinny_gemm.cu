@@ -76,7 +76,8 @@ constexpr uint32_t kSlotColumns = std::is_same_v<Type, E4m3> ? kRowBytes : kRowB
 // Slots asked for at once: else, and before x is there.
 template <class Type>
 constexpr uint32_t kUnderWay = std::is_same_v<Type, E4m3> ? 4 : 6;
-constexpr uint32_t kUnderWayEarly = 2;
+template <Kind kKind>
+constexpr uint32_t kUnderWayEarly = kKind == Kind::gated ? 3 : 2;
 
 struct Barriers {
   Barrier weights[kMaxSlots], x[kMaxSlots], empty[kMaxSlots];
@@ -145,7 +146,7 @@ __device__ void bring_weights(const SkinnyGemm& args, const CUtensorMap& w, uint
 #pragma unroll 1
   for (Slots<Type> slots(args); !slots.done(); slots.next(), at.next()) {
     at.wait_until_empty(barriers);
-    at.wait_for_weights(barriers, is_over(barriers.begun, 0) ? kUnderWay<Type> : kUnderWayEarly);
+    at.wait_for_weights(barriers, is_over(barriers.begun, 0) ? kUnderWay<Type> : kUnderWayEarly<kKind>);
     Barrier& full = barriers.weights[at.slot];
     arrive_expecting(full, args.tile_rows * kRowBytes);
     const uint32_t to = ring + at.slot * kSlotBytes<Tokens>;

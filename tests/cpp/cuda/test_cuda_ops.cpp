@@ -453,6 +453,7 @@ class Operations : public Suite {
       attention("attention, ragged", m, ragged, 0);
       attention("attention, ragged, window", m, ragged, w == 0 ? 20 : std::min(w, 40u));
     }
+    rope(m, Batch(32, {{5, 1}, {40, 1}, {63, 1}}));
     const Batch decode(32, {{0, 1}, {2999, 1}, {31, 1}, {32, 1}, {33, 1}, {511, 1}, {512, 1}, {700, 1}, {4200, 1}});
     attention("attention, decode", m, decode, 0);
     attention("attention, decode, window", m, decode, w == 0 ? 100 : w);
@@ -468,6 +469,13 @@ class Operations : public Suite {
     for (int i = 0; i < 300; ++i) sequences.push_back({test::below(200), 1});
     attention("attention, 300 rows", kModels[3], Batch(32, sequences), 0);
     attention("attention, 300 rows", kModels[2], Batch(32, sequences), 50);
+    // Of much the same length, so that a warp has whole rows: one, or some; among them some that are not of one token.
+    for (const uint32_t count : {64u, 200u}) {
+      vector<std::pair<uint32_t, uint32_t>> alike;
+      for (uint32_t i = 0; i < count; ++i) alike.push_back({250 + test::below(100), i % 19 == 7 ? 2 : 1});
+      attention("attention, rows alike", kModels[0], Batch(32, alike), 0);
+      attention("attention, rows alike", kModels[2], Batch(16, alike), 200);
+    }
     // Prompts whose attention runs beside that of sequences with one new token.
     vector<std::pair<uint32_t, uint32_t>> both{{0, 100}, {70, 60}};
     for (int i = 0; i < 40; ++i) both.push_back({test::below(600), 1});
