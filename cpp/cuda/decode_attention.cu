@@ -1,8 +1,8 @@
 // Attention of sequences with one new token over their paged cache.
 //
-// What bounds it is the reading of K and V, each once, so every warp has the same bytes to read: a stretch of the line
-// of all tiles of 16 tokens, or of a row of its block's own, as a plan has it that layers share (decode_plan.cuh). What
-// the warps of a block find of its own row comes together in shared memory.
+// What bounds it is the reading of K and V, each once, so every warp has about the same bytes to read: a stretch of the
+// line of all tiles of 16 tokens, whole rows of it, or a stretch of a row of its block's own, as a plan has it that
+// layers share (decode_plan.cuh). What the warps of a block find of its own row comes together in shared memory.
 //
 // A warp is on its own: it copies its next tiles into its ring in shared memory (cp.async, running ahead over the ends
 // of rows), and takes them to the tensor cores: S^T = K Q^T and O^T = V^T P^T with the group's query heads as the eight
@@ -15,7 +15,7 @@
 //
 // Reached alone, on an H100 that copies 3.01 TB/s, before 2026-11-26, for 64 sequences of 300, 512 and 960 tokens and
 // 16 heads of 256: in bf16 2.86, 2.94 and 3.00 TB/s, in FP8 2.58, 2.72 and 2.84. In a step of gemma-7b in FP8 it adds,
-// at 512 tokens, 94.6 us to what RoPE does, for 89.2 of bytes (benches/NOTES.md).
+// at 512 tokens, 92.2 us to what RoPE does, for 89.2 of bytes (benches/NOTES.md).
 #include <algorithm>
 #include <cmath>
 

@@ -20,7 +20,7 @@
 // result, all parts are left to it (ProductParts), to add them in the same order: joining them here took 2 to 7 us of a
 // product in a step. That is a kernel of its own, of a third of the code. Where tiles of fewer rows are one a block, as
 // those of 96 for q, k, v of gemma-7b, none is cut: 2 % of a step of one sequence, though four multiprocessors are
-// idle.
+// idle. That is by a kernel without what joins parts.
 //
 // Gate and up are multiplied in one, eight rows of each by turns, which the copy engine brings in that order: so a
 // thread has both for the same column, and GeGLU is all that is written. At 64 tokens that is 5 % of a step in FP8, 3 %
@@ -33,7 +33,7 @@
 // its bytes need at the 3.01 TB/s of a copy, which come in part while those still run; benches/NOTES.md):
 //             q, k, v (12.5)   attention's output (4.2)   gate and up (50.2)   down (25.1)
 //  1 token     9.6              3.0                        46.1                 24.6
-// 64 tokens   13.6              4.3                        50.7                 24.6
+// 64 tokens   13.9              4.3                        51.1                 24.8
 // (One token before cache_policy.cuh.) On 2026-11-26 all four of 64 tokens added 188 in bf16 for 184 of bytes. The
 // output of attention by itself was faster by cuBLASLt, 0.3 % of a step, with parts of eight slots; it stays here, so
 // that no row of a product depends on the batch.
