@@ -23,9 +23,9 @@ constexpr uint32_t kGroupRows = 64;  // of w, for each
 constexpr uint32_t kTileRows = kGroups * kGroupRows;
 static_assert(kTileRows == kPartRows);
 
-// What becomes of the sums: they are written, by `whole` where no tile is cut, which takes half the code and two thirds
-// of the registers; each block leaves its part of them (ProductParts); GeGLU is made of those of gate and up; or they
-// are logits, of whose rows sample() needs a survey before anything else, and often nothing else.
+// What becomes of the sums: they are written, by `whole` where no tile is cut, which takes two thirds of the code and
+// three quarters of the registers; each block leaves its part of them (ProductParts); GeGLU is made of those of gate
+// and up; or they are logits, of whose rows sample() needs a survey before anything else, and often nothing else.
 enum class Kind { plain, whole, parts, gated, surveyed };
 
 struct SkinnyGemm {

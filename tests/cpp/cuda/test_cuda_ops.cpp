@@ -470,9 +470,9 @@ class Operations : public Suite {
     attention("attention, 300 rows", kModels[3], Batch(32, sequences), 0);
     attention("attention, 300 rows", kModels[2], Batch(32, sequences), 50);
     // Of much the same length, so that a warp has whole rows: one, or some; among them some that are not of one token.
-    for (const uint32_t count : {64u, 200u}) {
+    for (const auto& [count, spread] : {std::pair{64u, 50u}, std::pair{130u, 20u}}) {
       vector<std::pair<uint32_t, uint32_t>> alike;
-      for (uint32_t i = 0; i < count; ++i) alike.push_back({250 + test::below(100), i % 19 == 7 ? 2 : 1});
+      for (uint32_t i = 0; i < count; ++i) alike.push_back({250 + test::below(spread), i % 19 == 7 ? 2 : 1});
       attention("attention, rows alike", kModels[0], Batch(32, alike), 0);
       attention("attention, rows alike", kModels[2], Batch(16, alike), 200);
     }
