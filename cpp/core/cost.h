@@ -23,6 +23,9 @@ class CostModel {
  public:
   CostModel(const ModelSpec& spec, DType weights, DType act);
 
+  // The output embedding is read in so many bytes, not its own.
+  void lm_head_is(uint64_t bytes) { lm_head_bytes_ = bytes; }
+
   // Rows that belong to no sequence cost nothing: nothing of them must be computed.
   PassCost of(const BatchPlan& plan) const;
 

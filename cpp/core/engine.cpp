@@ -213,6 +213,7 @@ void Engine::load_random(uint64_t seed) { state_->weights.load_random(seed); }
 
 void Engine::finish_loading() {
   state_->weights.finish();
+  if (const uint64_t bytes = state_->weights.packed_lm_head_bytes(); bytes > 0) state_->cost.lm_head_is(bytes);
   state_->forward.warm_up(state_->last_tokens.as<uint32_t>());
   state_->ready = true;
 }

@@ -46,7 +46,8 @@ struct SamplePlan;
 class Backend;
 
 // Bytes of the device's memory an engine takes: all of it before its first step, but for the kernels and recorded
-// graphs that the driver keeps. `workspace` is what the operations need for themselves.
+// graphs that the driver keeps. `workspace` is what the operations need for themselves. Where more is left, a packed
+// output embedding comes on top (Weights::finish).
 struct MemoryBudget {
   uint64_t weights = 0, kv_cache = 0, activations = 0, logits = 0, workspace = 0;
   uint64_t total() const;  // at most 2^64 - 1

@@ -264,6 +264,16 @@ void Weights::finish() {
     throw Error::invalid_argument("tensor " + waiting_.begin()->first + " of shape " +
                                   describe(waiting_.begin()->second.shape) + " is missing");
   staging_ = {};
+  pack_lm_head();
+}
+
+void Weights::pack_lm_head() {
+  constexpr uint64_t kLeft = uint64_t{1} << 30;  // for what drivers keep, kernels and recorded graphs
+  const Matrix head = lm_head();
+  const uint64_t bytes = backend_.packed_bytes(head);
+  if (bytes == 0 || backend_.free_memory().value_or(UINT64_MAX) < bytes + kLeft) return;
+  Buffer packed(backend_, bytes);
+  if (backend_.pack(head, packed.data())) packed_lm_head_ = std::move(packed);
 }
 
 uint64_t Weights::bytes(const ModelSpec& spec, DType dtype) {

@@ -12,6 +12,7 @@
 #include "cuda/gemm.h"
 #include "cuda/memory.h"
 #include "cuda/ops.h"
+#include "cuda/packed_bf16.h"
 #include "cuda/pinned_ring.h"
 #include "cuda/requirements.h"
 #include "cuda/rope_gemm.h"
@@ -217,6 +218,14 @@ class CudaBackend final : public Backend {
 
   void fill_random(void* to, DType type, size_t count, uint64_t seed, float deviation) override {
     on_device([&] { cuda::fill_random(to, type, count, seed, deviation, stream_); });
+  }
+
+  uint64_t packed_bytes(const Matrix& w) const override {
+    return skinny_gemm_reads_packed(w, device_) ? packed_bf16_bytes(w) : 0;
+  }
+  bool pack(const Matrix& w, void* to) override {
+    const DeviceScope scope(device_.index);
+    return pack_bf16(w, to, stream_);
   }
 
   bool captures() const override { return true; }

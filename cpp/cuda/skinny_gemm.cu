@@ -26,6 +26,10 @@
 // thread has both for the same column, and GeGLU is all that is written. At 64 tokens that is 5 % of a step in FP8, 3 %
 // in bf16: the products, four to eight times the bytes, went to the L2 cache and back.
 //
+// The vocabulary of a model in bf16 is read packed, in three quarters of its bytes (packed_bf16.h), and unpacked to the
+// registers that products take it from. Tiles are of 256 rows then, for four warpgroups: of 128, x would have to come
+// from the L2 cache for every 12 KB of w, and at 64 tokens that took 447 us, not 415.
+//
 // Logits are surveyed while they are in registers, for sample(). A row of which nobody wants more than the likeliest
 // token is not written at all: of 64 rows that is 65 MB less each way, 0.7 % of a step.
 //
@@ -45,6 +49,7 @@
 #include "cuda/barrier.cuh"
 #include "cuda/check.h"
 #include "cuda/launch.cuh"
+#include "cuda/packed_bf16.cuh"
 #include "cuda/skinny_gemm.h"
 #include "cuda/skinny_results.cuh"
 #include "cuda/tensor_copy.cuh"
@@ -54,28 +59,43 @@
 namespace gemma_cuda::cuda {
 namespace {
 
-constexpr int kThreads = kGroups * kGroup + 64;
-constexpr uint32_t kRowBytes = 128;  // of a slot
-constexpr uint32_t kWeightBytes = kTileRows * kRowBytes;
+constexpr uint32_t kRowBytes = 128;         // of a slot
 constexpr uint32_t kRingBytes = 208 << 10;  // leaves the kernels beside it some
 constexpr uint32_t kMaxSlots = 16;
 constexpr uint32_t kMostColumns = 1 << 16;  // of w: so Divisor is exact for all slots of two tiles a block
 // In a block's part of a tile: fewer take less time than joining another part, or adding it in the norm behind.
 constexpr uint32_t kLeastSlots = 8, kLeastLeftSlots = 4;
 
-template <int Tokens>
-constexpr uint32_t kSlotBytes = kWeightBytes + Tokens* kRowBytes;
-template <int Tokens>
-constexpr uint32_t kSlots = std::min(kMaxSlots, kRingBytes / kSlotBytes<Tokens>);
+// What w is, besides bf16 and FP8: bf16 in fewer bytes (packed_bf16.h).
+struct Packed {};
 
 template <class Type>
 constexpr uint32_t kSlotColumns = std::is_same_v<Type, E4m3> ? kRowBytes : kRowBytes / 2;
+static_assert(kSlotColumns<Packed> == kPackedColumns);
+
+template <class Type>
+constexpr int kGroupsOf = std::is_same_v<Type, Packed> ? kPackedGroups : kGroups;
+template <class Type>
+constexpr int kMultiplying = kGroupsOf<Type>* kGroup;  // threads
+template <class Type>
+constexpr int kThreads = kMultiplying<Type> + 64;
+
+// Of a slot, up to where x begins.
+template <class Type>
+constexpr uint32_t kWeightBytes = std::is_same_v<Type, Packed> ? (kPackedSlotBytes + 1023) / 1024 * 1024
+                                                               : kTileRows* kRowBytes;
+template <int Tokens>
+constexpr uint32_t kTokenBytes = Tokens* kRowBytes;
+template <int Tokens, class Type>
+constexpr uint32_t kSlotBytes = kWeightBytes<Type> + kTokenBytes<Tokens>;
+template <int Tokens, class Type>
+constexpr uint32_t kSlots = std::min(kMaxSlots, kRingBytes / kSlotBytes<Tokens, Type>);
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // Slots asked for at once: else, and before x is there.
 template <class Type>
-constexpr uint32_t kUnderWay = std::is_same_v<Type, E4m3> ? 4 : 6;
+constexpr uint32_t kUnderWay = std::is_same_v<Type, Bf16> ? 6 : 4;
 template <Kind kKind>
 constexpr uint32_t kUnderWayEarly = kKind == Kind::gated ? 3 : 2;
 
@@ -103,6 +123,7 @@ class Slots {
   __device__ bool done() const { return left_ == 0; }
   __device__ uint32_t row() const { return args_.tile_rows * tile_; }
   __device__ uint32_t column() const { return kSlotColumns<Type> * k_; }
+  __device__ uint32_t number() const { return tile_ * args_.cut.depth + k_; }
   __device__ void next() {
     --left_;
     ++k_;
@@ -120,12 +141,12 @@ class Slots {
 };
 
 // A place in the ring, and how often the ring has been gone around.
-template <int Tokens>
+template <int Tokens, class Type>
 struct Place {
   uint32_t slot = 0, round = 0;
 
   __device__ void next() {
-    if (++slot == kSlots<Tokens>) slot = 0, ++round;
+    if (++slot == kSlots<Tokens, Type>) slot = 0, ++round;
   }
   __device__ void wait_until_empty(Barriers& barriers) const {
     if (round > 0) wait(barriers.empty[slot], round % 2 ^ 1);
@@ -134,7 +155,7 @@ struct Place {
   __device__ void wait_for_weights(Barriers& barriers, uint32_t before) const {
     const bool around = slot < before;
     if (around && round == 0) return;
-    wait(barriers.weights[slot - before + (around ? kSlots<Tokens> : 0)], (round - around) % 2);
+    wait(barriers.weights[slot - before + (around ? kSlots<Tokens, Type> : 0)], (round - around) % 2);
   }
 };
 
@@ -142,14 +163,20 @@ struct Place {
 // behind it everybody's small accesses: of those the kernels before, which this one waits for, consist at their ends.
 template <int Tokens, class Type, Kind kKind>
 __device__ void bring_weights(const SkinnyGemm& args, const CUtensorMap& w, uint32_t ring, Barriers& barriers) {
-  Place<Tokens> at;
+  static_assert(kUnderWay<Type> < kSlots<Tokens, Type>);
+  Place<Tokens, Type> at;
 #pragma unroll 1
   for (Slots<Type> slots(args); !slots.done(); slots.next(), at.next()) {
     at.wait_until_empty(barriers);
     at.wait_for_weights(barriers, is_over(barriers.begun, 0) ? kUnderWay<Type> : kUnderWayEarly<kKind>);
     Barrier& full = barriers.weights[at.slot];
+    const uint32_t to = ring + at.slot * kSlotBytes<Tokens, Type>;
+    if constexpr (std::is_same_v<Type, Packed>) {
+      arrive_expecting(full, kPackedSlotBytes);
+      copy_row(to, args.packed + size_t{slots.number()} * kPackedSlotBytes, kPackedSlotBytes, full, kEvictFirst);
+      continue;
+    }
     arrive_expecting(full, args.tile_rows * kRowBytes);
-    const uint32_t to = ring + at.slot * kSlotBytes<Tokens>;
     if constexpr (kKind == Kind::gated)
       copy_pairs(to, w, slots.row(), slots.column(), full, kEvictFirst);
     else
@@ -161,12 +188,13 @@ template <int Tokens, class Type>
 __device__ void bring_x(const SkinnyGemm& args, const CUtensorMap& x, uint32_t ring, Barriers& barriers) {
   wait_for_last();
   arrive(barriers.begun);
-  Place<Tokens> at;
+  Place<Tokens, Type> at;
 #pragma unroll 1
   for (Slots<Type> slots(args); !slots.done(); slots.next(), at.next()) {
     at.wait_until_empty(barriers);
-    arrive_expecting(barriers.x[at.slot], kSlotBytes<Tokens> - kWeightBytes);
-    copy_box(ring + at.slot * kSlotBytes<Tokens> + kWeightBytes, x, 0, slots.column(), barriers.x[at.slot], kEvictLast);
+    arrive_expecting(barriers.x[at.slot], kTokenBytes<Tokens>);
+    copy_box(ring + at.slot * kSlotBytes<Tokens, Type> + kWeightBytes<Type>, x, 0, slots.column(), barriers.x[at.slot],
+             kEvictLast);
   }
 }
 
@@ -185,14 +213,15 @@ __device__ inline bool any_of_group(int group, bool yes) {
 
 // The parts that blocks have of a tile, added in the order of k by the block that brings the last one. Returns whether
 // that is this block; `sums` is then the whole.
-template <int N>
+template <int Groups, int N>
 __device__ bool join_parts(float (&sums)[N][4], const SkinnyGemm& args, uint32_t tile, int group) {
+  constexpr int kThreads = Groups * kGroup;
   const Blocks blocks(args.cut, tile);
   const uint32_t others = blocks.last - blocks.first;
   const auto part = [&](uint32_t block) {
-    return args.partials + size_t{blocks.place(block)} * N * kGroups * kGroup + threadIdx.x;
+    return args.partials + size_t{blocks.place(block)} * N * kThreads + threadIdx.x;
   };
-  uint32_t& arrived = args.arrivals[tile * kGroups + group];
+  uint32_t& arrived = args.arrivals[tile * Groups + group];
   const bool one = threadIdx.x % kGroup == 0;
   // If all others have left theirs already, this one need not.
   bool complete = any_of_group(group, one && load_acquire(arrived) == others);
@@ -200,14 +229,14 @@ __device__ bool join_parts(float (&sums)[N][4], const SkinnyGemm& args, uint32_t
     float4* mine = part(blockIdx.x);
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      store_kept(mine + i * kGroups * kGroup, make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]));
+      store_kept(mine + i * kThreads, make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]));
     any_of_group(group, false);  // all have
     complete = any_of_group(group, one && add_acquire_release(arrived) == others);
   }
   if (!complete) return false;
   if (one) arrived = 0;
   // As many parts at once as registers hold: one by one each would take the way to the L2 cache and back.
-  constexpr int kAtOnce = N <= 2 ? 8 : 16 / N;
+  constexpr int kAtOnce = N <= 2 ? 8 : 32 / Groups / N;
   float total[N][4] = {};
   for (uint32_t first = blocks.first; first <= blocks.last; first += kAtOnce) {
     float4 more[kAtOnce][N];
@@ -217,7 +246,7 @@ __device__ bool join_parts(float (&sums)[N][4], const SkinnyGemm& args, uint32_t
       for (int i = 0; i < N; ++i)
         more[b][i] = first + b > blocks.last   ? make_float4(0, 0, 0, 0)
                      : first + b == blockIdx.x ? make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3])
-                                               : __ldcg(part(first + b) + i * kGroups * kGroup);
+                                               : __ldcg(part(first + b) + i * kThreads);
 #pragma unroll
     for (int b = 0; b < kAtOnce; ++b)
 #pragma unroll
@@ -253,19 +282,29 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
   };
   uint32_t slot = 0, parity = 0;
   float sums[Tokens / 8][4];
+  uint32_t factors[2] = {};  // of packed rows
   auto start_slot = [&](float(&to)[Tokens / 8][4], bool keep) {
+    const uint32_t weights = ring + slot * kSlotBytes<Tokens, Type>, x = weights + kWeightBytes<Type>;
     wait(barriers.weights[slot], parity);
-    wait(barriers.x[slot], parity);
-    const uint32_t weights = ring + slot * kSlotBytes<Tokens>, x = weights + kWeightBytes;
-    begin_products();
+    if constexpr (std::is_same_v<Type, Packed>) {
+      uint32_t numbers[4][4];
+      unpack_slot(numbers, weights, factors);
+      wait(barriers.x[slot], parity);
+      begin_products();
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-      multiply_columns(Type{}, to, operand(weights + group_row(args, group) * kRowBytes + 32 * k, 0),
-                       operand(x + 32 * k, 0), keep || k > 0);
+      for (int k = 0; k < 4; ++k) multiply_columns(Bf16{}, to, numbers[k], operand(x + 32 * k, 0), keep || k > 0);
+    } else {
+      wait(barriers.x[slot], parity);
+      begin_products();
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        multiply_columns(Type{}, to, operand(weights + group_row(args, group) * kRowBytes + 32 * k, 0),
+                         operand(x + 32 * k, 0), keep || k > 0);
+    }
     commit_products();
   };
   auto next_slot = [&] {
-    if (++slot == kSlots<Tokens>) slot = 0, parity ^= 1;
+    if (++slot == kSlots<Tokens, Type>) slot = 0, parity ^= 1;
   };
   auto add_slots = [&](uint32_t count) {
     if constexpr (std::is_same_v<Type, E4m3>) {
@@ -280,19 +319,27 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
         next_slot();
         add(sums, part);
       }
+    } else if constexpr (std::is_same_v<Type, Packed>) {
+      for (uint32_t i = 0; i < count; ++i) {  // the other group multiplies while this one unpacks
+        start_slot(sums, i > 0);
+        wait_products<0>();
+        pin(sums);
+        free(slot);
+        next_slot();
+      }
     } else {
       for (uint32_t i = 0; i < count; ++i) {
         start_slot(sums, i > 0);
         wait_products<1>();  // those of the slot before
-        if (i > 0) free((slot + kSlots<Tokens> - 1) % kSlots<Tokens>);
+        if (i > 0) free((slot + kSlots<Tokens, Type> - 1) % kSlots<Tokens, Type>);
         next_slot();
       }
       wait_products<0>();
       pin(sums);
-      free((slot + kSlots<Tokens> - 1) % kSlots<Tokens>);
+      free((slot + kSlots<Tokens, Type> - 1) % kSlots<Tokens, Type>);
     }
   };
-  Finish<Tokens, kKind> finish_tiles(args);
+  Finish<Tokens, kKind, kGroupsOf<Type>> finish_tiles(args);
   const uint32_t all = end + args.whole * args.cut.depth;
 #pragma unroll 1
   for (uint32_t at = begin; at < all;) {  // the cut tiles' slots, then those of the whole ones
@@ -304,9 +351,12 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
     } else {
       const Rows<kKind> rows(args, tile);
       const Scales scales(args, rows);
+      if constexpr (std::is_same_v<Type, Packed>)
+        for (int i = 0; i < 2; ++i) factors[i] = rows.row[i] < args.n ? args.packed_factors[rows.row[i]] : 0;
       add_slots(count);
       bool complete = true;
-      if constexpr (kKind != Kind::whole) complete = count == args.cut.depth || join_parts(sums, args, tile, group);
+      if constexpr (kKind != Kind::whole)
+        complete = count == args.cut.depth || join_parts<kGroupsOf<Type>>(sums, args, tile, group);
       if (complete) {
         scales.apply(sums, args);
         finish_tiles.tile(sums, rows);
@@ -320,7 +370,7 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
 #endif
 
 template <int Tokens, class Type, Kind kKind>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads<Type>, 1)
     skinny_gemm_kernel(const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap x, SkinnyGemm args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ char memory[];
@@ -328,21 +378,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   allow_next();
   const uint32_t ring = (shared_address(memory) + 1023) / 1024 * 1024;
   if (threadIdx.x == 0) {
-    for (uint32_t slot = 0; slot < kSlots<Tokens>; ++slot) {
+    for (uint32_t slot = 0; slot < kSlots<Tokens, Type>; ++slot) {
       init(barriers.weights[slot], 1);
       init(barriers.x[slot], 1);
-      init(barriers.empty[slot], kGroups * kGroup / 32);
+      init(barriers.empty[slot], kMultiplying<Type> / 32);
     }
     init(barriers.begun, 1);
     publish_barriers();
   }
   __syncthreads();
   if (args.fresh) wait_for_last();
-  if (threadIdx.x < kGroups * kGroup)
+  if (threadIdx.x < kMultiplying<Type>)
     consume<Tokens, Type, kKind>(args, ring, barriers);
-  else if (threadIdx.x == kGroups * kGroup)
+  else if (threadIdx.x == kMultiplying<Type>)
     bring_weights<Tokens, Type, kKind>(args, w, ring, barriers);
-  else if (threadIdx.x == kGroups * kGroup + 32)
+  else if (threadIdx.x == kMultiplying<Type> + 32)
     bring_x<Tokens, Type>(args, x, ring, barriers);
 #endif
 }
@@ -385,7 +435,6 @@ SkinnyGemm skinny_gemm_of(const GemmArgs& args, const Scratch& scratch) {
 
 // Shares the tiles out among the blocks.
 void divide(SkinnyGemm& work, Kind kind, const Matrix& w, uint32_t columns, const DeviceInfo& device) {
-  work.tile_rows = kind == Kind::whole ? tile_rows(w, device) : kTileRows;
   const uint32_t depth = (w.cols + columns - 1) / columns;
   const uint32_t all = (w.rows + work.tile_rows - 1) / work.tile_rows,
                  least = kind == Kind::parts ? kLeastLeftSlots : kLeastSlots,
@@ -401,12 +450,13 @@ void divide(SkinnyGemm& work, Kind kind, const Matrix& w, uint32_t columns, cons
 
 template <int Tokens, class Type, Kind kKind>
 Cut launch(SkinnyGemm work, const GemmArgs& args, const DeviceInfo& device, const Stream& stream) {
+  work.tile_rows = kKind == Kind::whole ? tile_rows(args.w, device) : kGroupsOf<Type> * kGroupRows;
   divide(work, kKind, args.w, kSlotColumns<Type>, device);
-  constexpr uint32_t kBytes = kSlots<Tokens> * kSlotBytes<Tokens> + 1024;  // to begin at a multiple of it
+  constexpr uint32_t kBytes = kSlots<Tokens, Type> * kSlotBytes<Tokens, Type> + 1024;  // to begin at a multiple of it
   const auto kernel = skinny_gemm_kernel<Tokens, Type, kKind>;
   allow_shared(kernel, kBytes);
   const auto map = kKind == Kind::gated ? pair_map : tensor_map;
-  launch_early(stream, work.cut.blocks, kThreads, kBytes, kernel,
+  launch_early(stream, work.cut.blocks, kThreads<Type>, kBytes, kernel,
                map(args.w.data, args.w.dtype, args.w.rows, args.w.cols, work.tile_rows),
                tensor_map(args.x, args.w.dtype, args.tokens, args.w.cols, Tokens), work);
   return work.cut;
@@ -426,17 +476,21 @@ Cut launch(const SkinnyGemm& work, const GemmArgs& args, const DeviceInfo& devic
       default: return launch<64, Type, kKind>;
     }
   };
+  if constexpr (kKind == Kind::surveyed)
+    if (args.w.packed != nullptr) return by_tokens(Packed{})(work, args, device, stream);
   const auto run = args.w.dtype == DType::e4m3 ? by_tokens(E4m3{}) : by_tokens(Bf16{});
   return run(work, args, device, stream);
 }
 
+bool fits(const Matrix& w, const DeviceInfo& device) {
+  return device.capability == 90 && w.dtype != DType::f32 && w.cols * size_of(w.dtype) % 16 == 0 &&
+         w.cols <= kMostColumns && tiles(w) * kGroups * sizeof(uint32_t) <= kSkinnyArrivalBytes && aligned(w.data) &&
+         compiled();
+}
 // `Args` are GemmArgs or GatedGemmArgs.
 template <class Args>
 bool fits(const Args& args, const DeviceInfo& device) {
-  return device.capability == 90 && args.tokens <= kSkinnyTokens && args.w.dtype != DType::f32 &&
-         args.w.cols * size_of(args.w.dtype) % 16 == 0 && args.w.cols <= kMostColumns &&
-         tiles(args.w) * kGroups * sizeof(uint32_t) <= kSkinnyArrivalBytes && aligned(args.w.data) && aligned(args.x) &&
-         compiled();
+  return args.tokens <= kSkinnyTokens && aligned(args.x) && fits(args.w, device);
 }
 
 }  // namespace
@@ -491,6 +545,10 @@ bool skinny_surveyed_gemm_fits(const GemmArgs& args, const DeviceInfo& device) {
   return fits(args, device) && args.out_dtype == DType::f32;
 }
 
+bool skinny_gemm_reads_packed(const Matrix& vocabulary, const DeviceInfo& device) {
+  return vocabulary.dtype == DType::bf16 && fits(vocabulary, device);
+}
+
 Surveys skinny_surveyed_gemm(const GemmArgs& args, float soft_cap, const SampleArgs& sample, Survey* surveys,
                              const DeviceInfo& device, void* partials, uint32_t* arrivals, const Stream& stream) {
   SkinnyGemm work = skinny_gemm_of(args, {partials, arrivals});
@@ -498,11 +556,15 @@ Surveys skinny_surveyed_gemm(const GemmArgs& args, float soft_cap, const SampleA
   work.tasks = sample.tasks;
   work.task_count = sample.count;
   work.surveys = surveys;
+  if (args.w.packed != nullptr) {
+    work.packed = static_cast<const char*>(args.w.packed);
+    work.packed_factors = packed_factors(args.w);
+  }
   return {surveys, launch<Kind::surveyed>(work, args, device, stream).blocks, true};
 }
 
 size_t skinny_partial_bytes(const DeviceInfo& device) {
-  return size_t{2} * device.multiprocessors * kTileRows * kSkinnyTokens * sizeof(float);
+  return size_t{2} * device.multiprocessors * std::max(kTileRows, kPackedRows) * kSkinnyTokens * sizeof(float);
 }
 
 }  // namespace gemma_cuda::cuda

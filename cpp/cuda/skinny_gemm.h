@@ -27,9 +27,11 @@ void skinny_gated_gemm(const GatedGemmArgs& args, const DeviceInfo& device, void
                        const Stream& stream);
 // Logits, soft-capped where that is not 0, and what sample() needs to know of their rows, which goes to `surveys`, of
 // which there are skinny_surveys(). Rows of tasks that only pick the likeliest token are not written.
+// Where the vocabulary is packed (packed_bf16.h) that is read.
 bool skinny_surveyed_gemm_fits(const GemmArgs& args, const DeviceInfo& device);
 Surveys skinny_surveyed_gemm(const GemmArgs& args, float soft_cap, const SampleArgs& sample, Survey* surveys,
                              const DeviceInfo& device, void* partials, uint32_t* arrivals, const Stream& stream);
+bool skinny_gemm_reads_packed(const Matrix& vocabulary, const DeviceInfo& device);
 inline size_t skinny_surveys(uint32_t tokens, const DeviceInfo& device) {
   return size_t{tokens} * device.multiprocessors;
 }

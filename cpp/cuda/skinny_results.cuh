@@ -18,7 +18,7 @@
 namespace gemma_cuda::cuda {
 
 constexpr int kGroup = 128;          // threads of a warpgroup
-constexpr int kGroups = 2;           // that multiply
+constexpr int kGroups = 2;           // that multiply, where w is not packed
 constexpr uint32_t kGroupRows = 64;  // of w, for each
 constexpr uint32_t kTileRows = kGroups * kGroupRows;
 static_assert(kTileRows == kPartRows);
@@ -41,16 +41,18 @@ struct SkinnyGemm {
   Survey* surveys;  // [tokens][blocks]
   bool fresh;       // the kernel before has written w
   uint32_t tokens, n;
-  uint32_t tile_rows;  // at most kTileRows, at least kGroupRows, a multiple of 8
+  uint32_t tile_rows;  // at most kGroupRows a group, at least kGroupRows, a multiple of 8
   Cut cut;             // of the first tiles
   uint32_t whole;      // tiles a block computes whole, after those
-  float4* partials;    // [block][its first tile, its last][Tokens / 8][kGroups * kGroup]
+  float4* partials;    // [block][its first tile, its last][Tokens / 8][threads that multiply]
   uint32_t* arrivals;  // [tile][group]
+  const char* packed;  // w, where it is (packed_bf16.h)
+  const uint32_t* packed_factors;
 };
 
 // Where the rows of a warpgroup begin in a tile. In one that is lower than two of them they overlap.
 __device__ inline uint32_t group_row(const SkinnyGemm& args, uint32_t group) {
-  return group * (args.tile_rows - kGroupRows);
+  return min(group * kGroupRows, args.tile_rows - kGroupRows);
 }
 
 // The two rows of w of which a thread has the sums of a tile: eight apart, or a row of gate and that of up for the same
@@ -182,7 +184,7 @@ __device__ void store(const float (&sums)[N][4], const SkinnyGemm& args, const R
 }
 
 // Of each tile in its turn, by all threads that multiply, and at the end.
-template <int Tokens, Kind kKind>
+template <int Tokens, Kind kKind, int Groups>
 class Finish {
  public:
   __device__ explicit Finish(const SkinnyGemm& args) : args_(args) {}
@@ -195,15 +197,15 @@ class Finish {
   const SkinnyGemm& args_;
 };
 
-template <int Tokens>
-class Finish<Tokens, Kind::parts> {
+template <int Tokens, int Groups>
+class Finish<Tokens, Kind::parts, Groups> {
  public:
   __device__ explicit Finish(const SkinnyGemm&) {}
   __device__ void end() {}
 };
 
-template <int Tokens>
-class Finish<Tokens, Kind::gated> {
+template <int Tokens, int Groups>
+class Finish<Tokens, Kind::gated, Groups> {
  public:
   __device__ explicit Finish(const SkinnyGemm& args)
       : args_(args), factor_(args.out_scale != nullptr ? 1.0f / *args.out_scale : 1.0f) {}
@@ -217,9 +219,9 @@ class Finish<Tokens, Kind::gated> {
   const float factor_;
 };
 
-template <int Tokens>
-class Finish<Tokens, Kind::surveyed> {
-  static constexpr int kWarps = kGroups * kGroup / 32;
+template <int Tokens, int Groups>
+class Finish<Tokens, Kind::surveyed, Groups> {
+  static constexpr int kWarps = Groups * kGroup / 32;
 
  public:
   __device__ explicit Finish(const SkinnyGemm& args) : args_(args), kept_(kept_rows(args.tasks, args.task_count)) {
@@ -236,7 +238,7 @@ class Finish<Tokens, Kind::surveyed> {
     store(sums, args_, rows, tokens_there<Tokens / 8>(args_, kept_));
   }
   __device__ void end() {
-    asm volatile("bar.sync 3, %0;" ::"n"(kGroups * kGroup) : "memory");
+    asm volatile("bar.sync 15, %0;" ::"n"(Groups * kGroup) : "memory");
     const uint32_t token = threadIdx.x;
     if (token >= args_.tokens) return;
     const Survey* of_warps = surveys() - threadIdx.x / 32 * Tokens + token;

@@ -76,6 +76,14 @@ __device__ inline void copy_row(const void* to, const void* from, uint32_t bytes
                : "memory");
 }
 
+__device__ inline void copy_row(uint32_t to, const void* from, uint32_t bytes, Barrier& barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(shared_address(&barrier)), "l"(policy)
+      : "memory");
+}
+
 __device__ inline void store_box(const CUtensorMap& map, uint32_t row, uint32_t column, uint32_t from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(column),
                "r"(row), "r"(from)

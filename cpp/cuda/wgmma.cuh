@@ -52,9 +52,9 @@ __device__ inline void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// multiply_columns: d (+)= a b^T, both along their columns in shared memory. multiply_rows: d += a b, a in registers,
-// b's rows being the inner dimension. `keep` false: d is overwritten. The first argument says what a and b are; sums
-// are float32, but of E4M3 the tensor cores keep only some 14 bits while they add.
+// multiply_columns: d (+)= a b^T, both along their columns, b in shared memory, a there or in registers. multiply_rows:
+// d += a b, a in registers, b's rows being the inner dimension. `keep` false: d is overwritten. The first argument says
+// what a and b are; sums are float32, but of E4M3 the tensor cores keep only some 14 bits while they add.
 #define GEMMA_CUDA_D4 "%0, %1, %2, %3"
 #define GEMMA_CUDA_D8 \
   GEMMA_CUDA_D4       \
@@ -104,12 +104,12 @@ __device__ inline void grow_registers() {
                  : "l"(a), "l"(b), "r"(int{keep}));                                                                \
   }
 
-#define GEMMA_CUDA_ROWS(Type, n, types, a_at, b_at, keep_at, registers, fragments)                                \
-  __device__ inline void multiply_rows(Type, float(&d)[n / 8][4], const uint32_t(&a)[4], uint64_t b, bool keep) { \
-    asm volatile("{.reg .pred keep; setp.ne.b32 keep, " keep_at ", 0; wgmma.mma_async.sync.aligned.m64n" #n       \
-                 "k16.f32." types " {" registers "}, {" a_at "}, " b_at ", keep, 1, 1, 1;}"                       \
-                 : fragments                                                                                      \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));                           \
+#define GEMMA_CUDA_A_HELD(name, Type, n, types, transposed, a_at, b_at, keep_at, registers, fragments)      \
+  __device__ inline void name(Type, float(&d)[n / 8][4], const uint32_t(&a)[4], uint64_t b, bool keep) {    \
+    asm volatile("{.reg .pred keep; setp.ne.b32 keep, " keep_at ", 0; wgmma.mma_async.sync.aligned.m64n" #n \
+                 "k16.f32." types " {" registers "}, {" a_at "}, " b_at ", keep, 1, 1, " #transposed ";}"   \
+                 : fragments                                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));                     \
   }
 
 // Of a few tokens, a tile of keys, or one of weights.
@@ -122,9 +122,20 @@ __device__ inline void grow_registers() {
   GEMMA_CUDA_COLUMNS(Type, 256, k, types, tail, "%128", "%129", "%130", GEMMA_CUDA_D128, GEMMA_CUDA_F32)
 
 // Of the values of a head.
-#define GEMMA_CUDA_ALL_ROWS(Type, types)                                                                \
-  GEMMA_CUDA_ROWS(Type, 128, types, "%64, %65, %66, %67", "%68", "%69", GEMMA_CUDA_D64, GEMMA_CUDA_F16) \
-  GEMMA_CUDA_ROWS(Type, 256, types, "%128, %129, %130, %131", "%132", "%133", GEMMA_CUDA_D128, GEMMA_CUDA_F32)
+#define GEMMA_CUDA_ALL_ROWS(Type, types)                                                                           \
+  GEMMA_CUDA_A_HELD(multiply_rows, Type, 128, types, 1, "%64, %65, %66, %67", "%68", "%69", GEMMA_CUDA_D64,        \
+                    GEMMA_CUDA_F16)                                                                                \
+  GEMMA_CUDA_A_HELD(multiply_rows, Type, 256, types, 1, "%128, %129, %130, %131", "%132", "%133", GEMMA_CUDA_D128, \
+                    GEMMA_CUDA_F32)
+
+// Of a few tokens, with weights that were unpacked.
+GEMMA_CUDA_A_HELD(multiply_columns, Bf16, 8, "bf16.bf16", 0, "%4, %5, %6, %7", "%8", "%9", GEMMA_CUDA_D4, GEMMA_CUDA_F1)
+GEMMA_CUDA_A_HELD(multiply_columns, Bf16, 16, "bf16.bf16", 0, "%8, %9, %10, %11", "%12", "%13", GEMMA_CUDA_D8,
+                  GEMMA_CUDA_F2)
+GEMMA_CUDA_A_HELD(multiply_columns, Bf16, 32, "bf16.bf16", 0, "%16, %17, %18, %19", "%20", "%21", GEMMA_CUDA_D16,
+                  GEMMA_CUDA_F4)
+GEMMA_CUDA_A_HELD(multiply_columns, Bf16, 64, "bf16.bf16", 0, "%32, %33, %34, %35", "%36", "%37", GEMMA_CUDA_D32,
+                  GEMMA_CUDA_F8)
 
 GEMMA_CUDA_ALL_COLUMNS(Bf16, 16, "bf16.bf16", ", 0, 0")
 GEMMA_CUDA_ALL_COLUMNS(F16, 16, "f16.f16", ", 0, 0")
@@ -146,7 +157,7 @@ GEMMA_CUDA_ALL_ROWS(F16, "f16.f16")
 #undef GEMMA_CUDA_F16
 #undef GEMMA_CUDA_F32
 #undef GEMMA_CUDA_COLUMNS
-#undef GEMMA_CUDA_ROWS
+#undef GEMMA_CUDA_A_HELD
 #undef GEMMA_CUDA_ALL_COLUMNS
 #undef GEMMA_CUDA_ALL_ROWS
 

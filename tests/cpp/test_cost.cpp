@@ -31,6 +31,9 @@ int main() {
   CHECK(cost.of(plan).bytes == 2 * (layers + lm_head) + cached);
   CHECK(cost.of(plan).flops == 2 * (4 * layers + 2 * lm_head));
   CHECK(CostModel(spec, DType::f32, DType::f32).of(plan).bytes == 2 * cost.of(plan).bytes);
+  CostModel packed = cost;
+  packed.lm_head_is(1200);
+  CHECK(packed.of(plan).bytes == cost.of(plan).bytes - 400 && packed.of(plan).flops == cost.of(plan).flops);
 
   spec.layers[0].gate_up = Scheme::fp8_static;  // 2 x 8 x 16 elements of one byte instead of two
   spec.layers[2].fp8_cache = true;

@@ -15,7 +15,9 @@ namespace {
 // What is to go wrong next.
 struct Faults {
   bool launch = false, collect = false, capture = false;
-  std::optional<uint64_t> free;
+  std::optional<uint64_t> free{};
+  uint64_t packed_bytes = 0;  // of any matrix; 0: it packs none
+  bool packs = true;
 };
 
 class FaultyBackend final : public Backend {
@@ -42,6 +44,8 @@ class FaultyBackend final : public Backend {
     fail_if(faults_.capture, "recording");
     return nullptr;
   }
+  uint64_t packed_bytes(const Matrix&) const override { return faults_.packed_bytes; }
+  bool pack(const Matrix&, void*) override { return faults_.packs; }
   bool captures() const override { return faults_.capture; }
   void tune(bool) override {}
   bool asynchronous() const override { return true; }
@@ -98,6 +102,17 @@ std::unique_ptr<Engine> make_engine(Faults& faults) {
   engine->load_random(1);
   engine->finish_loading();
   return engine;
+}
+
+// An output embedding is packed where memory is left and its numbers can be; else all is as without.
+void packing_is_for_what_memory_is_left() {
+  constexpr uint64_t kBytes = 1000, kLeft = uint64_t{1} << 30;
+  const auto memory = [](Faults faults) { return make_engine(faults)->statistics().memory; };
+  const uint64_t plain = memory({});
+  CHECK(memory({.free = kLeft + kBytes, .packed_bytes = kBytes}) == plain + kBytes);
+  CHECK(memory({.packed_bytes = kBytes}) == plain + kBytes);
+  CHECK(memory({.free = kLeft + kBytes - 1, .packed_bytes = kBytes}) == plain);
+  CHECK(memory({.packed_bytes = kBytes, .packs = false}) == plain);
 }
 
 constexpr uint32_t kPrompt[] = {5, 6, 7};
@@ -209,6 +224,7 @@ void too_little_memory_says_what_fits() {
 }  // namespace
 
 int main() {
+  packing_is_for_what_memory_is_left();
   a_fault_at_launch_names_the_step();
   a_fault_while_computing_names_the_steps_under_way();
   a_fault_while_recording_is_an_error();
