@@ -224,7 +224,8 @@ class Finish<Tokens, Kind::surveyed, Groups> {
   static constexpr int kWarps = Groups * kGroup / 32;
 
  public:
-  __device__ explicit Finish(const SkinnyGemm& args) : args_(args), kept_(kept_rows(args.tasks, args.task_count)) {
+  __device__ explicit Finish(const SkinnyGemm& args)
+      : args_(args), kept_(tokens_there<Tokens / 8>(args, kept_rows(args.tasks, args.task_count))) {
     for (uint32_t i = threadIdx.x % 32; i < Tokens; i += 32) surveys()[i] = {-INFINITY, ~0u, 0, 1};
     __syncwarp();
   }
@@ -235,7 +236,7 @@ class Finish<Tokens, Kind::surveyed, Groups> {
 #pragma unroll
         for (float& x : fragment) x = args_.soft_cap * tanhf(x / args_.soft_cap);
     add_to_surveys(surveys(), sums, rows.row, args_.n);
-    store(sums, args_, rows, tokens_there<Tokens / 8>(args_, kept_));
+    if (__any_sync(~0u, kept_ != 0)) store(sums, args_, rows, kept_);  // in most steps nobody has any
   }
   __device__ void end() {
     asm volatile("bar.sync 15, %0;" ::"n"(Groups * kGroup) : "memory");
@@ -254,7 +255,7 @@ class Finish<Tokens, Kind::surveyed, Groups> {
     return of_warps[threadIdx.x / 32];
   }
   const SkinnyGemm& args_;
-  const uint64_t kept_;
+  const uint32_t kept_;  // as tokens_there()
 };
 
 // This block's part of a tile, for others to add (ProductParts).
