@@ -11,10 +11,12 @@ CostModel::CostModel(const ModelSpec& spec, DType weights, DType act) {
     bytes += count * size_of(kept_in_fp8(scheme) ? DType::e4m3 : weights);
   };
   for (const LayerSpec& layer : spec.layers) {
+    layers_ += last_, layer_bytes_ += last_bytes_;
+    last_ = last_bytes_ = 0;
     add(layers_, layer_bytes_, layer.qkv, hidden * layer.qkv_width());
-    add(layers_, layer_bytes_, layer.attention_out, hidden * layer.q_width());
-    add(layers_, layer_bytes_, layer.gate_up, hidden * 2 * spec.ffn_size);
-    add(layers_, layer_bytes_, layer.down, hidden * spec.ffn_size);
+    add(last_, last_bytes_, layer.attention_out, hidden * layer.q_width());
+    add(last_, last_bytes_, layer.gate_up, hidden * 2 * spec.ffn_size);
+    add(last_, last_bytes_, layer.down, hidden * spec.ffn_size);
     kv_bytes_[layer.window] += 2 * uint64_t{layer.kv_width()} * size_of(layer.fp8_cache ? DType::e4m3 : act);
   }
   add(lm_head_, lm_head_bytes_, spec.lm_head, hidden * spec.vocab_size);
@@ -23,8 +25,8 @@ CostModel::CostModel(const ModelSpec& spec, DType weights, DType act) {
 PassCost CostModel::of(const BatchPlan& plan) const {
   PassCost cost;
   const uint64_t rows = plan.logit_rows.size();
-  cost.bytes = layer_bytes_ + (rows > 0 ? lm_head_bytes_ : 0);
-  cost.flops = 2 * (layers_ * plan.cu_seqlens.back() + lm_head_ * rows);
+  cost.bytes = layer_bytes_ + (rows > 0 ? last_bytes_ + lm_head_bytes_ : 0);
+  cost.flops = 2 * (layers_ * plan.cu_seqlens.back() + (last_ + lm_head_) * rows);
   for (uint32_t i = 0; i < plan.sequences(); ++i) {
     const uint64_t fresh = plan.cu_seqlens[i + 1] - plan.cu_seqlens[i], length = plan.kv_len[i];
     for (const auto& [window, bytes] : kv_bytes_)

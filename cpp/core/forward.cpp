@@ -120,6 +120,7 @@ Forward::Forward(Backend& backend, const ModelSpec& spec, const Weights& weights
   act_.q = within + layout.q;
   act_.attended = within + layout.attended;
   act_.activated = within + layout.activated;
+  act_.residual_last = Buffer(backend, r * hidden * sizeof(float));
   act_.last = Buffer(backend, r * hidden * act);
   act_.logits = Buffer(backend, logit_bytes(spec, limits));
   for (const LayerSpec& layer : spec.layers) {
@@ -138,7 +139,7 @@ uint64_t Forward::activation_bytes(const ModelSpec& spec, const ForwardLimits& l
   const uint64_t t = limits.tokens, r = limits.logit_rows, act = size_of(limits.act);
   return table_bytes(spec, limits) + BlockLayout(spec, limits).end + x8_bytes(spec, limits) +
          2 * x_scale_bytes(spec, limits) + cast_bytes(spec) + cast_scale_bytes(spec) +
-         spec.hidden_size * (t * sizeof(float) + (t + r) * act);
+         spec.hidden_size * (t + r) * (sizeof(float) + act);
 }
 
 uint64_t Forward::logit_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
@@ -217,21 +218,40 @@ void Forward::pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidde
                  .hidden = spec_.hidden_size,
                  .eps = spec_.rms_norm_eps,
                  .quantize = quantize(first, act_.x_scales)});
+  Stream stream{act_.residual.as<float>(), tokens, tables_.logit_rows};
   for (uint32_t i = 0; i < layers; ++i) {
     const bool post = spec_.layers[i].post_norms;
     const LayerWeights& weights = weights_.layer(i);
-    attention_block(
-        i, plan,
-        add_and_norm(post ? &weights.post_attention_norm : nullptr, &weights.pre_mlp_norm, &weights.gate_up, tokens));
     const LayerWeights* next = i + 1 < layers ? &weights_.layer(i + 1) : nullptr;
-    mlp_block(i, tokens,
-              add_and_norm(post ? &weights.post_mlp_norm : nullptr, next ? &next->pre_attention_norm : nullptr,
-                           next ? &next->qkv : nullptr, tokens));
+    if (next == nullptr && hidden == nullptr && narrows(plan)) stream = narrowed(plan);
+    attention_block(
+        i, plan, stream,
+        add_and_norm(stream, post ? &weights.post_attention_norm : nullptr, &weights.pre_mlp_norm, &weights.gate_up));
+    if (stream.tokens > 0)
+      mlp_block(i, stream.tokens,
+                add_and_norm(stream, post ? &weights.post_mlp_norm : nullptr,
+                             next ? &next->pre_attention_norm : nullptr, next ? &next->qkv : nullptr));
     keep_hidden(hidden, tokens);
   }
   if (hidden != nullptr) replace_last_hidden(*hidden, tokens);
   if (observer_ != nullptr) observe_last(tokens);
-  sample_last(plan);
+  sample_last(plan, stream);
+}
+
+// Prompts have many rows and one that is looked at. A pass that reads the weights all the same gains little.
+bool Forward::narrows(const BatchPlan& plan) const {
+  constexpr uint32_t kLeast = 64;
+  return observer_ == nullptr && plan.tokens() >= kLeast && 2 * plan.logit_rows.size() <= plan.tokens();
+}
+
+Forward::Stream Forward::narrowed(const BatchPlan& plan) {
+  const auto rows = static_cast<uint32_t>(plan.logit_rows.size());
+  backend_.gather_rows({.from = act_.residual.data(),
+                        .rows = tables_.logit_rows,
+                        .count = rows,
+                        .row_bytes = uint64_t{spec_.hidden_size} * sizeof(float),
+                        .to = act_.residual_last.data()});
+  return {act_.residual_last.as<float>(), rows, nullptr};
 }
 
 void Forward::upload(const BatchPlan& plan, const SamplePlan& samples) {
@@ -258,7 +278,7 @@ void Forward::upload(const BatchPlan& plan, const SamplePlan& samples) {
   backend_.upload(table_memory_.data(), bytes.data(), bytes.size());
 }
 
-void Forward::attention_block(uint32_t index, const BatchPlan& plan, const NormArgs& add) {
+void Forward::attention_block(uint32_t index, const BatchPlan& plan, const Stream& stream, const NormArgs& add) {
   const LayerSpec& layer = spec_.layers[index];
   const LayerWeights& weights = weights_.layer(index);
   const uint32_t tokens = plan.tokens();
@@ -291,6 +311,7 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan, const NormA
                             .tokens = tokens,
                             .keys = observer_->layer(index).keys,
                             .values = observer_->layer(index).values});
+  if (stream.tokens == 0) return;  // of what is left only the keys and values were wanted
   const Quantize how = quantize(weights.attention_out, act_.x_scales);
   const Quantize fused{.scale = how.scale, .row_scales = nullptr};
   backend_.attention({.q = act_.q,
@@ -312,16 +333,24 @@ void Forward::attention_block(uint32_t index, const BatchPlan& plan, const NormA
                       .quantize = fused});
   observe(act_.attended, tokens, layer.q_width(), &Calibration::Layer::attention_out, index);
   const void* attended = act_.attended;
+  if (stream.tokens < tokens) {
+    attended = act_.q;  // which is no longer needed
+    backend_.gather_rows({.from = act_.attended,
+                          .rows = tables_.logit_rows,
+                          .count = stream.tokens,
+                          .row_bytes = layer.q_width() * size_of(fused ? DType::e4m3 : limits_.act),
+                          .to = act_.q});
+  }
   if (how.row_scales != nullptr) {  // a token's heads are not computed together
-    attended = act_.x8.data();
-    backend_.quantize({.x = act_.attended,
+    backend_.quantize({.x = attended,
                        .dtype = limits_.act,
                        .how = how,
                        .out = act_.x8.data(),
-                       .rows = tokens,
+                       .rows = stream.tokens,
                        .width = layer.q_width()});
+    attended = act_.x8.data();
   }
-  backend_.gemm_norm(product(attended, how, weights.attention_out, act_.x.data(), tokens, limits_.tokens), add);
+  backend_.gemm_norm(product(attended, how, weights.attention_out, act_.x.data(), stream.tokens, limits_.tokens), add);
 }
 
 void Forward::mlp_block(uint32_t index, uint32_t tokens, const NormArgs& add) {
@@ -358,13 +387,13 @@ void Forward::mlp_block(uint32_t index, uint32_t tokens, const NormArgs& add) {
   backend_.norm(add);
 }
 
-NormArgs Forward::add_and_norm(const Buffer* post, const Buffer* next, const Linear* reader, uint32_t tokens) {
-  return {.residual = act_.residual.as<float>(),
+NormArgs Forward::add_and_norm(const Stream& stream, const Buffer* post, const Buffer* next, const Linear* reader) {
+  return {.residual = stream.residual,
           .delta = act_.x.data(),
           .delta_weight = post ? post->as<float>() : nullptr,
           .weight = next ? next->as<float>() : nullptr,
           .out = reader ? input_of(*reader) : nullptr,
-          .tokens = tokens,
+          .tokens = stream.tokens,
           .hidden = spec_.hidden_size,
           .eps = spec_.rms_norm_eps,
           .quantize = reader ? quantize(*reader, act_.x_scales) : Quantize{}};
@@ -420,13 +449,13 @@ GemmArgs Forward::product(const void* x, Quantize x_scale, const Linear& w, void
           .x_scale = x_scale};
 }
 
-void Forward::sample_last(const BatchPlan& plan) {
+void Forward::sample_last(const BatchPlan& plan, const Stream& stream) {
   const uint32_t rows = static_cast<uint32_t>(plan.logit_rows.size());
   if (rows == 0) return;
   const Quantize how = quantize(weights_.lm_head_linear(), act_.x_scales);
   void* last = (how ? act_.x8 : act_.last).data();
-  backend_.norm({.residual = act_.residual.as<float>(),
-                 .rows = tables_.logit_rows,
+  backend_.norm({.residual = stream.residual,
+                 .rows = stream.logit_rows,
                  .weight = weights_.final_norm().as<float>(),
                  .out = last,
                  .tokens = rows,

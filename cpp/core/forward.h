@@ -71,6 +71,7 @@ class Forward {
     char* attended;                     // [t, q_width]
     char* gate_up;                      // [a slice of t, 2 ffn]
     char* activated;                    // [a slice of t, ffn]
+    Buffer residual_last;               // [r, hidden] float32, of the rows that the last layer goes on with
     Buffer last;                        // [r, hidden] normed rows for the logits
     Buffer logits;                      // [r, vocab] float32
   };
@@ -87,12 +88,23 @@ class Forward {
   void upload(const BatchPlan& plan, const SamplePlan& samples);
   const CapturedPass* captured(const BatchPlan& plan) const;
   void pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidden);
-  // A block of a layer, and what adds its output to the residual stream.
-  void attention_block(uint32_t layer, const BatchPlan& plan, const NormArgs& add);
+  // The rows of the residual stream that are still computed with. Behind the attention of the last layer these are, of
+  // passes with prompts, only those whose logits are wanted.
+  struct Stream {
+    float* residual;  // [tokens, hidden]
+    uint32_t tokens;
+    const uint32_t* logit_rows;  // of these; null: all in order
+  };
+  // Whether the last layer leaves the other rows after its attention.
+  bool narrows(const BatchPlan& plan) const;
+  Stream narrowed(const BatchPlan& plan);
+  // A block of a layer, and what adds its output to the residual stream: the attention of the rows in `stream`, whose
+  // keys and values are computed for all.
+  void attention_block(uint32_t layer, const BatchPlan& plan, const Stream& stream, const NormArgs& add);
   void mlp_block(uint32_t layer, uint32_t tokens, const NormArgs& add);
   // residual += delta (normed by `post` where the model does), then the input of `reader` = norm(residual, next) where
   // there is a next.
-  NormArgs add_and_norm(const Buffer* post, const Buffer* next, const Linear* reader, uint32_t tokens);
+  NormArgs add_and_norm(const Stream& stream, const Buffer* post, const Buffer* next, const Linear* reader);
   // How the inputs of a matrix are quantized, if they are, and where the normed ones lie.
   Quantize quantize(const Linear& reader, const Buffer& row_scales) const;
   char* input_of(const Linear& reader) const;
@@ -104,7 +116,7 @@ class Forward {
   void observe_last(uint32_t tokens);
   void norm_last(uint32_t tokens);
   void replace_last_hidden(std::vector<std::vector<float>>& hidden, uint32_t tokens);
-  void sample_last(const BatchPlan& plan);
+  void sample_last(const BatchPlan& plan, const Stream& stream);
   SampleArgs sampling(const SampleTask* tasks, const Adjustment* adjustments, uint32_t first, uint32_t count,
                       uint32_t max_top) const;
   bool holds(const SamplePlan& samples) const;

@@ -239,6 +239,9 @@ class CudaBackend final : public Backend {
   void embed(const EmbedArgs& args) override {
     on_device([&] { cuda::embed(args, stream_); });
   }
+  void gather_rows(const GatherArgs& args) override {
+    on_device([&] { cuda::gather_rows(args, stream_); });
+  }
   void norm(const NormArgs& args) override {
     on_device([&] { cuda::norm(args, stream()); });
   }

@@ -23,6 +23,7 @@ struct Stream {
 };
 
 void embed(const EmbedArgs& args, cudaStream_t stream);
+void gather_rows(const GatherArgs& args, cudaStream_t stream);
 void norm(const NormArgs& args, const Stream& stream);
 // Its delta is the sum of these parts.
 void norm(const NormArgs& args, const ProductParts& delta, const Stream& stream);

@@ -324,6 +324,7 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
         start_slot(sums, i > 0);
         wait_products<0>();
         pin(sums);
+        __syncwarp();  // every lane has unpacked its own
         free(slot);
         next_slot();
       }

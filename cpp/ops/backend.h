@@ -53,6 +53,15 @@ struct EmbedArgs {
   float* residual;  // [t, h]
 };
 
+// to[i] = from[rows[i]], of rows of so many bytes, a multiple of 16.
+struct GatherArgs {
+  const void* from;
+  const uint32_t* rows;  // [count]
+  uint32_t count;
+  uint64_t row_bytes;
+  void* to;
+};
+
 // RMS norm in float32, y = x * rsqrt(mean(x^2) + eps) * (1 + w), fused with what stands around it in a layer:
 //   residual += delta_weight ? norm(delta, delta_weight) : delta      where delta is given
 //   out = norm(residual[rows], weight)                                where weight is given
@@ -287,6 +296,7 @@ class Backend {
   virtual bool asynchronous() const = 0;
 
   virtual void embed(const EmbedArgs& args) = 0;
+  virtual void gather_rows(const GatherArgs& args) = 0;
   virtual void norm(const NormArgs& args) = 0;
   virtual void gemm(const GemmArgs& args) = 0;
   virtual void rope(const RopeArgs& args) = 0;

@@ -146,6 +146,12 @@ class ReferenceBackend final : public Backend {
     throw Error::device("the reference backend has no graphs");
   }
 
+  void gather_rows(const GatherArgs& args) override {
+    for (uint32_t i = 0; i < args.count; ++i)
+      std::memcpy(static_cast<char*>(args.to) + i * args.row_bytes,
+                  static_cast<const char*>(args.from) + args.rows[i] * args.row_bytes, args.row_bytes);
+  }
+
   void embed(const EmbedArgs& args) override {
     const uint32_t hidden = args.table.cols;
     pool_.run(args.tokens, [&](uint32_t t) {

@@ -17,6 +17,7 @@ int main() {
   spec.layers[1].window = 6;
   // Of a layer: 8 x (8 + 4 + 4) for QKV, 8 x 8 for its output, 3 x 8 x 16 for the MLP.
   const uint64_t layers = 3 * (128 + 64 + 384), lm_head = 800, token = 2 * 4 * 2;  // bytes of a token in a layer
+  const uint64_t last = 64 + 384;  // what only logits need of the last layer
   const CostModel cost(spec, DType::bf16, DType::bf16);
 
   BatchPlan plan;
@@ -25,11 +26,11 @@ int main() {
   plan.kv_len = {20, 5};
   // A layer without a window sees all; with one of 6, the first sequence's 3 tokens see 8, the other sees all it has.
   const uint64_t cached = token * (2 * (20 + 5) + 8 + 5);
-  CHECK(cost.of(plan).bytes == 2 * layers + cached);
-  CHECK(cost.of(plan).flops == 2 * 4 * layers);
+  CHECK(cost.of(plan).bytes == 2 * (layers - last) + cached);
+  CHECK(cost.of(plan).flops == 2 * 4 * (layers - last));
   plan.logit_rows = {2, 3};
   CHECK(cost.of(plan).bytes == 2 * (layers + lm_head) + cached);
-  CHECK(cost.of(plan).flops == 2 * (4 * layers + 2 * lm_head));
+  CHECK(cost.of(plan).flops == 2 * (4 * (layers - last) + 2 * (last + lm_head)));
   CHECK(CostModel(spec, DType::f32, DType::f32).of(plan).bytes == 2 * cost.of(plan).bytes);
   CostModel packed = cost;
   packed.lm_head_is(1200);

@@ -583,8 +583,10 @@ void steps_tokens_and_memory_are_counted() {
   CHECK(half.steps == 1 && half.tokens == 6 && all.steps == 2 && all.tokens == 9 && all.captured_steps == 0);
   CHECK(half.flops % 6 == 0);
   const uint64_t head = uint64_t{spec.vocab_size} * spec.hidden_size;
-  CHECK(all.flops - half.flops == half.flops / 2 + 2 * head);
-  CHECK(all.bytes_read - half.bytes_read > half.bytes_read + head * sizeof(float));
+  const LayerSpec& last = spec.layers.back();  // of which only logits need more than keys and values
+  const uint64_t rest = uint64_t{spec.hidden_size} * (last.q_width() + 3 * spec.ffn_size);
+  CHECK(all.flops - half.flops == half.flops / 2 + 2 * (rest + head));
+  CHECK(all.bytes_read - half.bytes_read > half.bytes_read + (rest + head) * sizeof(float));
   test::check_throws("no token", [&] {
     const StepItem none{id, 0};
     engine->step({&none, 1});
@@ -593,6 +595,34 @@ void steps_tokens_and_memory_are_counted() {
 
   CHECK(engine->copy_bandwidth() > 1e8);
   CHECK(engine->statistics().memory == fresh.memory && engine->statistics().peak_memory == fresh.memory);
+}
+
+// A prompt of whose rows one has logits, or none, is as one of which all rows are computed to the end.
+void prompts_leave_the_last_layer_early() {
+  const ModelSpec spec = random_model(1);
+  EngineOptions options;
+  options.compute = options.weights = DType::f32;
+  const auto engine = make_engine(spec, random_parameters(spec), options);
+  const std::vector<std::vector<uint32_t>> prompts = {random_tokens(spec, 60), random_tokens(spec, 60)};
+  const auto sampled = [&](const std::vector<uint32_t>& chunks, bool hidden) {
+    std::vector<StepItem> items;
+    for (const auto& prompt : prompts) items.push_back({engine->add_sequence(prompt, 60, {}, false)});
+    std::vector<ItemOutput> outputs;
+    for (size_t i = 0; i < chunks.size(); ++i) {
+      for (StepItem& item : items) item.tokens = chunks[i], item.sample = i + 1 == chunks.size(), item.hidden = hidden;
+      outputs = engine->step(items);
+    }
+    for (const StepItem& item : items) engine->remove_sequence(item.sequence);
+    return outputs;
+  };
+  const std::vector<ItemOutput> whole = sampled({60}, true);
+  for (const std::vector<uint32_t>& chunks : {std::vector<uint32_t>{60}, {40, 20}, {20, 40}, {59, 1}}) {
+    const std::vector<ItemOutput> early = sampled(chunks, false);
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      const ScoredToken &got = early[i].sampled.at(0), &want = whole[i].sampled.at(0);
+      CHECK(got.token == want.token && std::abs(got.logprob - want.logprob) < 1e-5f);
+    }
+  }
 }
 
 void bad_models_and_options_are_refused() {
@@ -681,6 +711,7 @@ int main() {
   launching_ahead_changes_nothing();
   padding_changes_nothing_but_the_work();
   steps_tokens_and_memory_are_counted();
+  prompts_leave_the_last_layer_early();
   bad_models_and_options_are_refused();
   damaged_weights_end_only_the_sequences_that_meet_them();
 }

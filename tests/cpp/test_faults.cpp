@@ -50,6 +50,7 @@ class FaultyBackend final : public Backend {
   void tune(bool) override {}
   bool asynchronous() const override { return true; }
   void embed(const EmbedArgs& args) override { real_->embed(args); }
+  void gather_rows(const GatherArgs& args) override { real_->gather_rows(args); }
   void norm(const NormArgs& args) override { real_->norm(args); }
   void gemm(const GemmArgs& args) override { real_->gemm(args); }
   void rope(const RopeArgs& args) override {

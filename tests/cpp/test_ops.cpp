@@ -81,6 +81,16 @@ void embed(Backend& backend, DType type) {
   for (size_t i = 0; i < out.size(); ++i) CHECK(out[i] == 1.5f * table.wide[ids[i / h] * h + i % h]);
 }
 
+void gather_rows(Backend& backend) {
+  const vector<float> from = test::normal(11 * 8);
+  const vector<uint32_t> rows{10, 0, 3, 3};
+  vector<float> out(4 * 8 + 1, NAN);
+  backend.gather_rows(
+      {.from = from.data(), .rows = rows.data(), .count = 4, .row_bytes = 8 * sizeof(float), .to = out.data()});
+  for (size_t i = 0; i < 4 * 8; ++i) CHECK(out[i] == from[rows[i / 8] * 8 + i % 8]);
+  CHECK(std::isnan(out.back()));
+}
+
 vector<double> normed(std::span<const double> x, const vector<float>& w, double eps) {
   double squares = 0;
   for (double v : x) squares += v * v;
@@ -489,6 +499,7 @@ void all(const reference::Kernels& kernels, DType act) {
       for (auto [t, n, k] : {std::array{1u, 1u, 1u}, {1u, 5u, 31u}, {3u, 70u, 33u}, {4u, 64u, 640u}, {9u, 35u, 97u}})
         gemm(*backend, act, weight, out, t, n, k);
     embed(*backend, weight);
+    gather_rows(*backend);
   }
   for (uint32_t h : {1u, 40u, 641u})
     for (bool delta : {false, true})

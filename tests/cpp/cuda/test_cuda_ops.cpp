@@ -57,6 +57,20 @@ class Operations : public Suite {
     CHECK(download(out) == out.host);
   }
 
+  void gather_rows(const Model& m) {
+    auto from = random(size_t{64} * m.hidden), to = poisoned(size_t{6} * m.hidden);
+    auto rows = both(vector<uint32_t>{63, 5, 5, 0, 17});
+    GatherArgs args{.from = from.host.data(),
+                    .rows = rows.host.data(),
+                    .count = 5,
+                    .row_bytes = m.hidden * sizeof(bf16),
+                    .to = to.host.data()};
+    reference_->gather_rows(args);
+    args.from = from.gpu(), args.rows = rows.gpu(), args.to = to.gpu();
+    gpu_->gather_rows(args);
+    CHECK(std::memcmp(download(to).data(), to.host.data(), to.host.size() * sizeof(bf16)) == 0);
+  }
+
   void norm(const Model& m) {
     const uint32_t t = 7;
     auto residual = both(test::normal(size_t{t} * m.hidden, 3));
@@ -442,6 +456,7 @@ class Operations : public Suite {
 
   void model(const Model& m) {
     embed(m);
+    gather_rows(m);
     norm(m);
     geglu(m);
     observe(m);
