@@ -30,8 +30,8 @@ class CostModel {
   PassCost of(const BatchPlan& plan) const;
 
  private:
-  uint64_t layers_ = 0, layer_bytes_ = 0;     // elements of the layers' matrices, but for
-  uint64_t last_ = 0, last_bytes_ = 0;        // those of the last one that only logits need
+  uint64_t layers_ = 0, layer_bytes_ = 0;     // elements of the layers' matrices, but for those
+  uint64_t last_ = 0, last_bytes_ = 0;        // of the last one that only logits need
   uint64_t lm_head_ = 0, lm_head_bytes_ = 0;  // of the output embedding
   std::map<uint32_t, uint64_t> kv_bytes_;     // of a cached token, in all layers with this window
 };
