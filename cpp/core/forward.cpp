@@ -88,6 +88,13 @@ uint64_t table_bytes(const ModelSpec& spec, const ForwardLimits& limits) {
   return words * sizeof(uint32_t) + alignof(SampleTask) + sample_table_bytes(spec, limits.logit_rows);
 }
 
+// Whether the last layer had best go on with the rows alone whose logits are wanted: prompts have many and want one.
+// Of a pass that reads the weights all the same little is gained.
+bool few_are_wanted(const BatchPlan& plan) {
+  constexpr uint32_t kLeast = 64;
+  return plan.tokens() >= kLeast && 2 * plan.logit_rows.size() <= plan.tokens();
+}
+
 // sqrt(hidden), as the activations' type holds it.
 float embedding_scale(const ModelSpec& spec, DType act) {
   const float scale = std::sqrt(static_cast<float>(spec.hidden_size));
@@ -223,7 +230,8 @@ void Forward::pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidde
     const bool post = spec_.layers[i].post_norms;
     const LayerWeights& weights = weights_.layer(i);
     const LayerWeights* next = i + 1 < layers ? &weights_.layer(i + 1) : nullptr;
-    if (next == nullptr && hidden == nullptr && narrows(plan)) stream = narrowed(plan);
+    const bool last = next == nullptr;
+    if (last && hidden == nullptr && observer_ == nullptr && few_are_wanted(plan)) stream = narrowed(plan);
     attention_block(
         i, plan, stream,
         add_and_norm(stream, post ? &weights.post_attention_norm : nullptr, &weights.pre_mlp_norm, &weights.gate_up));
@@ -236,12 +244,6 @@ void Forward::pass(const BatchPlan& plan, std::vector<std::vector<float>>* hidde
   if (hidden != nullptr) replace_last_hidden(*hidden, tokens);
   if (observer_ != nullptr) observe_last(tokens);
   sample_last(plan, stream);
-}
-
-// Prompts have many rows and one that is looked at. A pass that reads the weights all the same gains little.
-bool Forward::narrows(const BatchPlan& plan) const {
-  constexpr uint32_t kLeast = 64;
-  return observer_ == nullptr && plan.tokens() >= kLeast && 2 * plan.logit_rows.size() <= plan.tokens();
 }
 
 Forward::Stream Forward::narrowed(const BatchPlan& plan) {

@@ -95,8 +95,6 @@ class Forward {
     uint32_t tokens;
     const uint32_t* logit_rows;  // of these; null: all in order
   };
-  // Whether the last layer leaves the other rows after its attention.
-  bool narrows(const BatchPlan& plan) const;
   Stream narrowed(const BatchPlan& plan);
   // A block of a layer, and what adds its output to the residual stream: the attention of the rows in `stream`, whose
   // keys and values are computed for all.

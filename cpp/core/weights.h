@@ -47,7 +47,7 @@ class Weights {
   void load_random(uint64_t seed);
   // Throws naming the first tensor that has not come; else loading is over. Where the backend can make use of it, and
   // memory is left when all the engine needs is taken, a plain output embedding in bf16 is packed beside its own bytes,
-  // which decode then reads in three quarters of the time (Backend::pack).
+  // of which decode then reads three quarters (Backend::pack).
   void finish();
 
   const LayerWeights& layer(uint32_t index) const { return layers_[index]; }

@@ -66,28 +66,6 @@ struct CacheTile<HeadDim, bf16_t> {
   }
 };
 
-// So many bytes of shared memory at a time.
-template <int Bytes>
-struct Words {
-  uint32_t word[(Bytes + 3) / 4];
-  __device__ explicit Words(uint32_t address) {
-    if constexpr (Bytes == 16)
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-                   : "r"(address)
-                   : "memory");
-    else if constexpr (Bytes == 8)
-      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "r"(address) : "memory");
-    else if constexpr (Bytes == 4)
-      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word[0]) : "r"(address) : "memory");
-    else
-      asm volatile("{.reg .u16 half; ld.shared.u16 half, [%1]; cvt.u32.u16 %0, half;}"
-                   : "=r"(word[0])
-                   : "r"(address)
-                   : "memory");
-  }
-};
-
 template <int HeadDim>
 struct CacheTile<HeadDim, uint8_t> {
   using Type = F16;

@@ -96,17 +96,16 @@ __global__ void __launch_bounds__(kSlotThreads) pack_kernel(const uint16_t* w, u
 }  // namespace
 
 bool pack_bf16(const Matrix& w, void* to, cudaStream_t stream) {
-  Matrix packed = w;
-  packed.packed = to;
-  uint32_t* const factors = const_cast<uint32_t*>(packed_factors(packed));
-  const uint32_t tiles = (w.rows + kPackedRows - 1) / kPackedRows;
-  uint32_t* const failed = factors + size_t{tiles} * kPackedRows;
+  const uint32_t rows = packed_tiles(w) * kPackedRows;
+  char* const slots = static_cast<char*>(to);
+  uint32_t* const factors = reinterpret_cast<uint32_t*>(slots + packed_slots(w) * kPackedSlotBytes);
+  uint32_t* const failed = factors + rows;
   const auto* from = static_cast<const uint16_t*>(w.data);
   GEMMA_CUDA_CHECK(cudaMemsetAsync(to, 0, packed_bf16_bytes(w), stream));
-  factors_kernel<<<tiles * kPackedRows / 8, 256, 0, stream>>>(from, w.rows, w.cols, factors, failed);
+  factors_kernel<<<rows / 8, 256, 0, stream>>>(from, w.rows, w.cols, factors, failed);
   GEMMA_CUDA_CHECK(cudaGetLastError());
-  pack_kernel<<<static_cast<uint32_t>(packed_slots(w)), kSlotThreads, 0, stream>>>(from, w.rows, w.cols, factors,
-                                                                                   static_cast<char*>(to), failed);
+  pack_kernel<<<static_cast<uint32_t>(packed_slots(w)), kSlotThreads, 0, stream>>>(from, w.rows, w.cols, factors, slots,
+                                                                                   failed);
   GEMMA_CUDA_CHECK(cudaGetLastError());
   uint32_t does_not_fit = 0;
   GEMMA_CUDA_CHECK(cudaMemcpyAsync(&does_not_fit, failed, sizeof does_not_fit, cudaMemcpyDeviceToHost, stream));

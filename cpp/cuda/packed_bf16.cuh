@@ -9,12 +9,6 @@
 
 namespace gemma_cuda::cuda {
 
-__device__ inline uint4 load_shared(uint32_t from) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from));
-  return x;
-}
-
 // Two numbers of two bytes of signs and mantissas, and of their exponents at bits 7 and 23 of `exponents`. A product
 // with a power of two is exact.
 template <uint32_t Bytes>
@@ -73,11 +67,12 @@ struct Exceptions {
 __device__ inline void unpack_slot(uint32_t (&to)[4][4], uint32_t slot, const uint32_t (&factors)[2]) {
   const uint32_t own = slot + threadIdx.x / 128 * kPackedGroupBytes + threadIdx.x % 128 * 16;
   Exceptions exceptions(slot);
-  const uint4 first = load_shared(own), second = load_shared(own + 2048), exponents = load_shared(own + 4096);
-  unpack(to[0], first.x, first.y, exponents.x, factors[0], factors[1]);
-  unpack(to[1], first.z, first.w, exponents.y, factors[0], factors[1]);
-  unpack(to[2], second.x, second.y, exponents.z, factors[0], factors[1]);
-  unpack(to[3], second.z, second.w, exponents.w, factors[0], factors[1]);
+  const Words<16> first(own), second(own + 2048), exponents(own + 4096);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const auto& bytes = k < 2 ? first : second;
+    unpack(to[k], bytes.word[k % 2 * 2], bytes.word[k % 2 * 2 + 1], exponents.word[k], factors[0], factors[1]);
+  }
   exceptions.put(to);
 }
 

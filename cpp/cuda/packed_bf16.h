@@ -33,16 +33,16 @@ struct PackedExceptions {
 constexpr uint32_t kPackedSlotBytes = kPackedGroups * kPackedGroupBytes + sizeof(PackedExceptions);
 static_assert(kPackedSlotBytes % 16 == 0);
 
+inline uint32_t packed_tiles(const Matrix& w) { return (w.rows + kPackedRows - 1) / kPackedRows; }
 inline size_t packed_slots(const Matrix& w) {
-  return size_t{(w.rows + kPackedRows - 1) / kPackedRows} * ((w.cols + kPackedColumns - 1) / kPackedColumns);
+  return size_t{packed_tiles(w)} * ((w.cols + kPackedColumns - 1) / kPackedColumns);
 }
 // A factor is two halves alike: what a row's two neighbours are multiplied by.
 inline const uint32_t* packed_factors(const Matrix& w) {
   return reinterpret_cast<const uint32_t*>(static_cast<const char*>(w.packed) + packed_slots(w) * kPackedSlotBytes);
 }
 inline size_t packed_bf16_bytes(const Matrix& w) {
-  return packed_slots(w) * kPackedSlotBytes +
-         (size_t{(w.rows + kPackedRows - 1) / kPackedRows} * kPackedRows + 1) * sizeof(uint32_t);
+  return packed_slots(w) * kPackedSlotBytes + (size_t{packed_tiles(w)} * kPackedRows + 1) * sizeof(uint32_t);
 }
 
 // Packs w, of bf16, to packed_bf16_bytes(), and waits for it. Returns false, and leaves something else there, if a slot

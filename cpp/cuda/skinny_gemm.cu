@@ -320,7 +320,7 @@ __device__ void consume(const SkinnyGemm& args, uint32_t ring, Barriers& barrier
         add(sums, part);
       }
     } else if constexpr (std::is_same_v<Type, Packed>) {
-      for (uint32_t i = 0; i < count; ++i) {  // the other group multiplies while this one unpacks
+      for (uint32_t i = 0; i < count; ++i) {  // other groups multiply while this one unpacks
         start_slot(sums, i > 0);
         wait_products<0>();
         pin(sums);
